@@ -92,10 +92,15 @@ class StopSignal:
     """
 
     def __init__(self):
-        self.signum = 0
+        self.signum, self.before = 0, {}
         with contextlib.suppress(ValueError):  # not in the main thread: nothing to catch
             for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, self._catch)
+                self.before[number] = signal.signal(number, self._catch)
+
+    def release(self):
+        """Give the signals back to whoever had them."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def _catch(self, number, frame):
         self.signum = number
@@ -123,6 +128,21 @@ def lock_folder(folder):
     except OSError as error:
         fail(f"cannot write into {folder}: {error.strerror or error}; choose another folder")
     return lock
+
+
+@contextlib.contextmanager
+def disk_errors(folder):
+    """Turn what goes wrong while writing below `folder` into one line and exit code 1."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises RuntimeError
+        for leftover in Path(folder).glob(".tmp-*"):
+            with contextlib.suppress(OSError):
+                remove(leftover)
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        fail(f"cannot write into {folder}: {reason}; what was saved there before is whole")
 
 
 def checkpoints(out_dir):
