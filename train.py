@@ -353,18 +353,32 @@ def check_config(cfg):
 
 
 def main(cfg):
+    """Hold the run folder and the signals for as long as the run lasts."""
     check_config(cfg)
     accelerator = make_accelerator(
         cfg.mixed_precision, gradient_accumulation_steps=cfg.gradient_accumulation_steps
     )
-    device, main_process = accelerator.device, accelerator.is_main_process
     out_dir = Path(cfg.out_dir or f"out/{cfg.dataset}")
+    lock = lock_folder(out_dir) if accelerator.is_main_process else None
+    stop = StopSignal()
+    try:
+        train(cfg, accelerator, out_dir, stop)
+    finally:
+        stop.release()
+        if lock:
+            lock.release()
+    if stop.signum:
+        raise SystemExit(128 + stop.signum)
+
+
+def train(cfg, accelerator, out_dir, stop):
+    """The whole run, from top to bottom."""
+    device, main_process = accelerator.device, accelerator.is_main_process
     data_folder = Path(cfg.data_dir) / cfg.dataset
 
     # -- the run folder and the data; the first process goes ahead -----------------------------
     found = []
     if main_process:
-        lock = lock_folder(out_dir)  # noqa: F841  held until main returns
         found = start_run(out_dir, cfg.resume, cfg.overwrite)
     with accelerator.main_process_first():
         meta, data = load_data(cfg)
@@ -417,7 +431,6 @@ def main(cfg):
     bad_updates, skipped = 0, saved.get("skipped", 0)
     if checkpoint:
         say(f"resuming from {checkpoint} at iteration {it:,}")
-    stop = StopSignal()
     if main_process:
         with disk_errors(out_dir):
             (out_dir / "config.json").write_text(json.dumps(asdict(cfg), indent=2), "utf-8")
@@ -514,12 +527,9 @@ def main(cfg):
 
     # -- the end -------------------------------------------------------------------------------
     bar.close()
-    stop.release()
     tell(f"{'stopped' if stop.signum else 'done'} at iteration {it}: {out_dir}"
          + (f", {skipped} update(s) skipped" if skipped else ""))  # fmt: skip
     accelerator.end_training()
-    if stop.signum:
-        raise SystemExit(128 + stop.signum)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,27 @@
+# The Verdict with the model of "Build a Large Language Model (From Scratch)", chapter 5: 163M
+# parameters of GPT-2 124M's shape (the head is not tied) learn one short story by heart.
+# Overfitting is the point: train loss falls to 0.3-0.6, val loss stays near 6.5.
+dataset = "verdict"
+
+block_size = 256
+n_layer = 12
+n_head = 12
+n_embd = 768
+dropout = 0.1
+qkv_bias = False
+tie_weights = False
+init = "torch"  # with "gpt2" the train loss is still above 5 at the end
+
+batch_size = 2
+max_epochs = 10  # 90 iterations of 2 x 256 tokens
+learning_rate = min_lr = 4e-4  # constant
+warmup_iters = 0
+beta2 = 0.999
+grad_clip = 0.0
+
+eval_interval = 5
+eval_iters = 5
+log_interval = 1
+sample_start = "Every effort moves you"
+sample_tokens = 50
+sample_temperature = 0.0
