@@ -6,6 +6,7 @@ Leading words are config files: Python, run in order, whose public names must be
 Options come last and win. `--help` prints the comments that stand beside the fields.
 """
 
+import ast
 import contextlib
 import dataclasses
 import difflib
@@ -13,7 +14,6 @@ import io
 import os
 import runpy
 import sys
-import types
 import typing
 
 import typeguard
@@ -36,28 +36,32 @@ def at_least(cfg, minimum, *names):
 
 def read_config_file(path, config_class):
     """Run one config file and return its public names as a dict, each checked by name and type."""
+    if not os.path.isfile(path):
+        fail(f"config file {path!r} is not there; options start with --, as --seed=1 does", 2)
     try:
         names = runpy.run_path(path)
-    except OSError as error:
-        fail(f"config file {path} cannot be read: {error.strerror or error}", 2)
-    except Exception as error:  # it is the user's program: anything can happen in it
+        with open(path, "rb") as f:
+            nodes = ast.walk(ast.parse(f.read()))
+    except (Exception, SystemExit) as error:  # it is the user's program: anything can happen in it
         fail(f"config file {path}: {type(error).__name__}: {error}", 2)
+    imports = [n.names for n in nodes if isinstance(n, ast.Import | ast.ImportFrom)]
+    free = {name.asname or name.name.partition(".")[0] for some in imports for name in some}
     declared, values = typing.get_type_hints(config_class), {}
     for name, value in names.items():
-        if name.startswith("_") or isinstance(value, types.ModuleType) or callable(value):
+        if name not in declared and (name.startswith("_") or name in free or callable(value)):
             continue
         if name not in declared:
             near = difflib.get_close_matches(name, declared, n=1) or [", ".join(declared)]
             fail(f"{path}: unknown name {name}; the nearest valid name is {near[0]}", 2)
+        want = declared[name]
         try:
-            typeguard.check_type(value, declared[name])
-            if isinstance(value, bool) and declared[name] in (int, float):
-                raise typeguard.TypeCheckError("is a bool")
-        except typeguard.TypeCheckError:
-            want = getattr(declared[name], "__name__", None) or str(declared[name])
-            want = str(declared[name]) if typing.get_origin(declared[name]) else want
+            typeguard.check_type(value, want)
+            if isinstance(value, bool) and bool not in (want, *typing.get_args(want)):
+                raise typeguard.TypeCheckError("a bool is no number here")
+            values[name] = float(value) if want is float else value
+        except (typeguard.TypeCheckError, OverflowError):
+            want = want if typing.get_origin(want) else want.__name__
             fail(f"{path}: {name} must be {want}, not {value!r} ({type(value).__name__})", 2)
-        values[name] = float(value) if declared[name] is float else value
     return values
 
 
@@ -71,12 +75,14 @@ def load(config_class, argv=None):
     try:
         with contextlib.redirect_stderr(said):
             default, flags = config_class(**values), (tyro.conf.FlagConversionOff,)
-            return tyro.cli(config_class, args=argv, default=default, config=flags)
+            return tyro.cli(
+                config_class, args=argv, default=default, config=flags, use_underscores=True
+            )
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-        box = [line.strip("│ ") for line in said.getvalue().splitlines() if line[:1] == "│"]
-        fail(" ".join(line for line in box if line.strip("─")), 2)  # tyro says it in a box
+        lines = [line.strip("│ ") for line in said.getvalue().splitlines()[1:]]  # 0: a headline
+        fail(" ".join(line for line in lines if line.strip("─-╰╯")), 2)  # tyro draws a box
 
 
 def changed(cfg):

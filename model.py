@@ -1,6 +1,6 @@
 """The GPT: configuration, blocks, loss, KV cache, sampling, beams, GPT-2 weights in and out.
 
-    python model.py export out/verdict FOLDER    # a run -> a transformers folder
+    python model.py export out/verdict FOLDER    # a run or checkpoint -> a transformers folder
 
 GPT-2 (Radford et al. 2019) with its parameter names; `qkv_bias`, `tie_weights` and `init` also give
 the model of "Build a Large Language Model (From Scratch)" (Raschka 2024, chapter 4).
@@ -9,15 +9,24 @@ Shapes: B batch, T time (at most block_size), C n_embd, V vocab_size, nh heads o
 
 import json
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from configurator import fail
+
+if __name__ == "__main__":  # a wrong call is answered before the slow imports
+    if {"-h", "--help"} & set(sys.argv):
+        raise SystemExit(print(__doc__))
+    if len(sys.argv) != 4 or sys.argv[1] != "export":
+        fail("usage: python model.py export RUN FOLDER", 2)
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from configurator import fail
+from runtime import checkpoints, damage, disk_errors, say, seal_folder
 
 
 @dataclass
@@ -42,16 +51,68 @@ def dropout(x, p, training):
     if not training or p == 0 or x.device.type != "cpu":
         return F.dropout(x, p, training)
     bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    keep = bits.view(torch.int16)[: x.numel()].view(x.shape) >= round(p * 65536) - 32768
+    edge = min(round(p * 65536) - 32768, 32767)  # past an int16's range it would wrap
+    keep = bits.view(torch.int16)[: x.numel()].view(x.shape) >= edge
     return x * keep.to(x.dtype).mul_(1 / (1 - p))
+
+
+class Linear(nn.Linear):
+    """nn.Linear; on a CPU one fp32 row goes through numpy, whose matrix-vector product uses all
+    cores where PyTorch's uses one: a third of the time of a decoding step."""
+
+    def forward(self, x):
+        if (
+            x.numel() == self.in_features
+            and x.device.type == "cpu"
+            and x.dtype == self.weight.dtype == torch.float32
+            and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled("cpu")
+        ):
+            y = torch.from_numpy(self.weight.numpy() @ x.numpy().reshape(-1))
+            y = y if self.bias is None else y + self.bias
+            return y.view(*x.shape[:-1], self.out_features)
+        return super().forward(x)
+
+
+class PackedLinear(nn.Module):
+    """A Linear for decoding: weights in bf16, or in int8 with one scale an output (CPU only)."""
+
+    def __init__(self, linear, kind):
+        super().__init__()
+        weight, self.bias = linear.weight.detach(), linear.bias
+        if kind == "int8":
+            scale = weight.abs().amax(dim=1, keepdim=True).clamp(min=1e-8) / 127
+            self.register_buffer("scale", scale.flatten().bfloat16())
+            self.register_buffer("weight", (weight / scale).round().to(torch.int8))
+        else:
+            self.register_buffer("weight", weight.bfloat16())
+
+    def forward(self, x):
+        rows = x.reshape(-1, x.size(-1)).bfloat16()
+        if self.weight.dtype == torch.int8:
+            y = torch.ops.aten._weight_int8pack_mm(rows, self.weight, self.scale)
+        else:
+            y = F.linear(rows, self.weight)
+        y = y.to(x.dtype) if self.bias is None else y + self.bias
+        return y.view(*x.shape[:-1], -1)
+
+
+def pack(model, kind):
+    """Swap the Linear layers of an eval-mode model for PackedLinear, in place: 'bf16' or 'int8',
+    half or a quarter of the bytes that a decoding step reads. Embeddings stay as they are."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(module, name, PackedLinear(child, kind))
+    return model
 
 
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head, self.p = config.n_head, config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.qkv_bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.qkv_bias)
+        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x, cache=None, position=0):
         """x (B, T, C) at positions position .. position + T - 1 -> (B, T, C).
@@ -86,8 +147,8 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.p = config.dropout
 
     def forward(self, x):
@@ -109,12 +170,16 @@ class Block(nn.Module):
 
 
 class KVCache:
-    """The keys and values of `filled` positions: kv (n_layer, 2, B, nh, block_size, hs)."""
+    """The keys and values of `filled` positions, of `length` at most (block_size at most).
 
-    def __init__(self, model, batch_size):
+    kv: (n_layer, 2, B, nh, length, hs).
+    """
+
+    def __init__(self, model, batch_size, length):
         c, wte = model.config, model.transformer.wte.weight
-        shape = (c.n_layer, 2, batch_size, c.n_head, c.block_size, c.n_embd // c.n_head)
-        self.kv, self.filled = torch.zeros(shape, dtype=wte.dtype, device=wte.device), 0
+        length = min(length, c.block_size)
+        shape = (c.n_layer, 2, batch_size, c.n_head, length, c.n_embd // c.n_head)
+        self.kv, self.filled = torch.empty(shape, dtype=wte.dtype, device=wte.device), 0
 
 
 class GPT(nn.Module):
@@ -139,7 +204,7 @@ class GPT(nn.Module):
                 ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
             )
         )
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
             self.lm_head.weight = self.transformer.wte.weight
         if config.init == "gpt2":
@@ -179,7 +244,7 @@ class GPT(nn.Module):
         logits = self.lm_head(x)
         if targets is None:
             return logits, None
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())  # fp32 under autocast
         return (logits if return_logits else None), loss
 
     # -----------------------------------------------------------------------------------------
@@ -202,18 +267,25 @@ class GPT(nn.Module):
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos_id=None,
                generator=None, kv_cache=True):  # fmt: skip
         """Yield the next tokens (B, 1) one step at a time; see `generate`."""
-        cache = KVCache(self, idx.size(0)) if kv_cache else None
+        cache = KVCache(self, idx.size(0), idx.size(1) + max_new_tokens) if kv_cache else None
         ended = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
-        for _ in range(max_new_tokens):
-            logits = self.next_logits(idx, cache)
-            new = sample_token(logits, temperature, top_k, top_p, generator)
-            if eos_id is not None:
-                new = torch.where(ended, eos_id, new)
-                ended = ended | (new == eos_id)
-            yield new
-            if ended.all():
-                return
-            idx = torch.cat((idx, new), dim=1)
+        threads, device = torch.get_num_threads(), idx.device.type
+        by_numpy = (len(idx), device, self.lm_head.weight.dtype) == (1, "cpu", torch.float32)
+        try:
+            for _ in range(max_new_tokens):
+                logits = self.next_logits(idx, cache)
+                if by_numpy:  # see Linear: its threads work now, and two pools would fight
+                    torch.set_num_threads(1)
+                new = sample_token(logits, temperature, top_k, top_p, generator)
+                if eos_id is not None:
+                    new = torch.where(ended, eos_id, new)
+                    ended = ended | (new == eos_id)
+                yield new
+                if ended.all():
+                    return
+                idx = torch.cat((idx, new), dim=1)
+        finally:
+            torch.set_num_threads(threads)
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, num_beams=1,
@@ -241,7 +313,7 @@ class GPT(nn.Module):
         score = torch.full((B, K), -torch.inf, device=device)
         score[:, 0] = 0.0  # all beams are alike at first: only one may branch
         ended = torch.zeros(B, K, dtype=torch.bool, device=device)
-        cache = KVCache(self, B * K) if kv_cache else None
+        cache = KVCache(self, B * K, idx.size(1) + max_new_tokens) if kv_cache else None
         first = torch.arange(B, device=device)[:, None] * K  # (B, 1) row of beam 0
         for _ in range(max_new_tokens):
             logp = F.log_softmax(self.next_logits(idx, cache).float(), dim=-1).view(B, K, V)
@@ -285,19 +357,26 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, name, dropout=0.0):
         """GPT-2 weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl or a transformers folder."""
-        from transformers import GPT2LMHeadModel
+        from transformers import GPT2Config, GPT2LMHeadModel
 
         known = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
         if name not in known and not Path(name).is_dir():
             fail(f"--init_from {name!r} is neither a folder nor one of {', '.join(known)}", 2)
-        try:
-            hf = GPT2LMHeadModel.from_pretrained(name, dtype=torch.float32)
-        except (OSError, ValueError, RuntimeError) as error:
-            fail(f"cannot load {name}: {str(error).splitlines()[0]}; the hub needs a network, "
+        try:  # sdpa: a stranger's config must not choose the code that computes attention
+            hf, report = GPT2LMHeadModel.from_pretrained(
+                name, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
+            )
+        except Exception as error:  # transformers and a stranger's files can fail in any way
+            fail(f"cannot load {name}: {f'{error}.'.splitlines()[0]} The hub needs a network, "
                  "a local transformers folder does not")  # fmt: skip
-        c = hf.config
-        if (c.model_type, c.activation_function) != ("gpt2", "gelu_new"):
-            fail(f"{name} is a {c.model_type} with {c.activation_function}; this needs a GPT-2")
+        c, plain = hf.config, GPT2Config(n_inner=4 * hf.config.n_embd)
+        c.n_inner = c.n_inner or plain.n_inner
+        for key in ("activation_function", "layer_norm_epsilon", "n_inner", "scale_attn_weights",
+                    "scale_attn_by_inverse_layer_idx"):  # fmt: skip
+            if getattr(c, key) != getattr(plain, key):
+                fail(f"{name} has {key} {getattr(c, key)}; only {getattr(plain, key)} works here")
+        if missing := sorted(report["missing_keys"]):
+            fail(f"{name} is no GPT-2, or a part of one: it has no {missing[0]}")
         ours = GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd, dropout,
                          tie_weights=c.tie_word_embeddings)  # fmt: skip
         model = cls(ours)
@@ -315,7 +394,7 @@ class GPT(nn.Module):
         config = GPT2Config(
             vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
             n_head=c.n_head, resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout,
-            tie_word_embeddings=c.tie_weights,
+            tie_word_embeddings=c.tie_weights, bos_token_id=None, eos_token_id=None,
         )  # fmt: skip
         hf = GPT2LMHeadModel(config)
         zeros = {k: torch.zeros_like(v) for k, v in hf.state_dict().items() if k.endswith("bias")}
@@ -335,12 +414,12 @@ def from_hf_layout(state_dict):
 def next_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
     """Logits (B, V) -> the probabilities (B, V) that `sample_token` draws from, temperature > 0."""
     logits = logits.float()
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # no overflow near 0
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)  # no 0 / 0
     if top_k is not None:
         kept = logits.topk(min(top_k, logits.size(-1)))  # ids, not a threshold: ties stay out
         logits = torch.full_like(logits, -torch.inf).scatter(-1, kept.indices, kept.values)
     probabilities = F.softmax(logits, dim=-1)
-    if top_p is not None:
+    if top_p is not None and top_p < 1:  # rounding would drop the rarest at 1
         ordered, order = probabilities.sort(descending=True, stable=True)
         before = ordered.cumsum(-1) - ordered  # probability of the more likely ones
         ordered[before >= top_p] = 0.0  # the first one has 0 before it ...
@@ -355,4 +434,101 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     probabilities = next_probabilities(logits, temperature, top_k, top_p)
-    return torch.multinomial(probabilities, 1, generator=generator)
+    below = probabilities.cumsum(-1)  # one random number a row; multinomial would draw V of them
+    u = torch.rand(len(below), 1, device=below.device, generator=generator)
+    # scaled so that rounding cannot reach the end; right=True passes over probabilities of 0
+    return torch.searchsorted(below, u * (1 - 2**-23) * below[:, -1:], right=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# export
+
+
+def hf_tokenizer(folder, name):
+    """meta.json's tokenizer `name` as a tokenizers.Tokenizer: the file in `folder`, or tiktoken's
+    vocabulary rebuilt with every id in its place."""
+    from tokenizers import Tokenizer
+
+    if name.endswith(".json"):
+        return Tokenizer.from_file(str(Path(folder) / Path(name).name))
+    import tiktoken
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    source = tiktoken.get_encoding(name)
+    names = {i: token for token, i in source._special_tokens.items()}
+    converter = TikTokenConverter(pattern=source._pat_str, extra_special_tokens=[*names.values()])
+    converter.load_tiktoken_bpe = lambda _: source._mergeable_ranks
+    vocab, merges = converter.extract_vocab_merges_from_model(None)
+    for i in {*range(source.n_vocab)} - {*vocab.values()}:  # special tokens, and ids nobody has
+        vocab[names.get(i, f"<|unused_{i}|>")] = i
+    converter.extract_vocab_merges_from_model = lambda _: (vocab, merges)
+    return converter.converted()
+
+
+def model_card(model, saved, meta):
+    """README.md of an exported model: what it is and the figures of its run."""
+    c, name, source = model.config, saved["train"]["dataset"], meta["source"]
+    if not source.startswith(("hf:", "https://", "http://")):
+        source = Path(source).name  # no paths of the machine it was made on
+    start = "from scratch" if saved["train"]["init_from"] == "scratch" else "from GPT-2 weights"
+    rows = {
+        "data set": f"{name} ({source})",
+        "tokens": f"{meta['train_tokens']:,} train, {meta['val_tokens']:,} validation",
+        "vocabulary": f"{meta['vocab_size']:,} ({meta['tokenizer']})",
+        "model": f"{c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, context {c.block_size}",
+        "iteration": f"{saved['iter']:,}",
+    }
+    for key in [k for k in ("train_loss", "val_loss") if k in saved]:
+        rows[key] = f"{saved[key]:.4f}, perplexity {math.exp(min(saved[key], 700)):.1f}"
+    return "\n".join([
+        "---", "library_name: transformers", "pipeline_tag: text-generation", "---", "",
+        f"# {name}", "", f"A GPT of {model.count_parameters():,} parameters, trained {start}.", "",
+        "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items()), "",
+    ])  # fmt: skip
+
+
+def export(run, folder):
+    """Write a run's newest checkpoint (or `run` itself, where it is one) as a transformers folder:
+    weights, tokenizer, generation settings, model card. The folder is whole or absent."""
+    from transformers import PreTrainedTokenizerFast
+
+    run, folder = Path(run), Path(folder).resolve()
+    found = [run] if (run / "model.safetensors").exists() else checkpoints(run)
+    if not found:
+        fail(f"{run} is neither a run of train.py nor one of its checkpoints")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        fail(f"{folder} exists and is not empty; name another folder")
+    checkpoint = found[0]
+    if wrong := damage(checkpoint):
+        fail(f"{checkpoint} is not whole: {wrong}")
+    hf = (model := GPT.from_checkpoint(checkpoint)).to_hf()
+    try:
+        saved, meta = (
+            json.loads((checkpoint / name).read_text(encoding="utf-8"))
+            for name in ("config.json", "meta.json")
+        )
+        card, eot_id = model_card(model, saved, meta), meta["eot_id"]
+        engine = hf_tokenizer(checkpoint, meta["tokenizer"])
+    except Exception as error:  # a foreign file, or no network for a tiktoken vocabulary
+        fail(f"the tokenizer of {checkpoint} cannot be had: {type(error).__name__}: {error}")
+    engine.post_processor = None  # training adds no special token, whatever the tokenizer would
+    special = ("bos_token", "eos_token", "unk_token", "pad_token")
+    tokenizer = PreTrainedTokenizerFast(  # split_special_tokens: in text they are text
+        tokenizer_object=engine, model_max_length=model.config.block_size,
+        split_special_tokens=True, **dict.fromkeys(special, engine.id_to_token(eot_id)),
+    )  # fmt: skip
+    for settings in (hf.config, hf.generation_config):
+        settings.bos_token_id = settings.eos_token_id = settings.pad_token_id = eot_id
+    hf.generation_config.max_length = model.config.block_size  # there are no positions beyond
+    temporary = folder.with_name(f".tmp-{folder.name}")
+    with disk_errors(folder.parent):
+        temporary.mkdir(parents=True, exist_ok=True)
+        hf.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        seal_folder(temporary, folder)
+    say(f"{checkpoint} -> {folder}")
+
+
+if __name__ == "__main__":
+    export(*sys.argv[2:])

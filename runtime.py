@@ -79,6 +79,20 @@ def make_accelerator(mixed_precision, **kwargs):
     return accelerator
 
 
+def machine():
+    """What this runs on, in words, as a dict."""
+    import torch
+
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):  # Linux says it better
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        cpu = next((x.split(": ", 1)[1] for x in lines if x.startswith("model name")), cpu)
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"cpu": cpu, "cores": os.cpu_count(), "accelerator": ", ".join(gpus) or None,
+            "torch": torch.__version__, "python": platform.python_version(),
+            "system": platform.platform(terse=True)}  # fmt: skip
+
+
 def say(*words):
     """print() from the first process only, at once."""
     if os.environ.get("RANK", "0") == "0":
@@ -256,9 +270,10 @@ def open_log(path, columns=LOG_COLUMNS, keep_until=-1):
     return lambda row: writer.writerow(row)
 
 
-def plot_log(log_path, png_path, panel="perplexity"):
+def plot_log(log_path, png_path, panel="perplexity", unit="token"):
     """Draw training and validation loss against iterations, tokens on the top axis, and below it
-    `panel`: 'perplexity', or any list of columns of the log joined by '+' ('accuracy+f1')."""
+    `panel`: 'perplexity', or any list of columns of the log joined by '+' ('accuracy+f1').
+    unit: what the loss is a mean over."""
     from matplotlib.figure import Figure  # the Figure class alone: no display, no global state
 
     rows = read_log(log_path)
@@ -270,9 +285,9 @@ def plot_log(log_path, png_path, panel="perplexity"):
     figure = Figure(figsize=(8, 7), layout="constrained")
     loss, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     loss.plot(*curve("loss"), color="tab:blue", alpha=0.35, label="loss of each logged iteration")
-    loss.plot(*curve("train_loss"), color="tab:blue", marker=".", label="train (fixed windows)")
+    loss.plot(*curve("train_loss"), color="tab:blue", marker=".", label="train")
     loss.plot(*curve("val_loss"), color="tab:orange", marker=".", label="validation")
-    loss.set_ylabel("loss (nats per token)")
+    loss.set_ylabel(f"loss (nats per {unit})")
     loss.legend()
     per_iteration = next((r["tokens"] / r["iter"] for r in rows[::-1] if r["iter"]), 0)
     if per_iteration:

@@ -5,6 +5,7 @@ python sample.py --out_dir=out/verdict --temperature=0 --start=FILE:prompt.txt
 python sample.py --init_from=gpt2 --num_beams=4        # GPT-2's own weights
 """
 
+import contextlib
 import sys
 import time
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ class Config:
     stop_at_eos: bool = True  # end a text at the end-of-text token
     kv_cache: bool = True  # False: compute every token anew (slow, for comparison)
     seed: int = 1337  # the same seed gives the same text
+    chat: bool = False  # prompts from the terminal, one line each; Ctrl-C stops a text, Ctrl-D ends
 
 
 if __name__ == "__main__":
@@ -42,25 +44,20 @@ from model import GPT
 from runtime import checkpoints, say, tune_allocator
 
 
-def newest_run(root="out"):
-    """The folder under `root` whose checkpoint is the youngest."""
-    runs = [
-        (found[0].stat().st_mtime, p) for p in Path(root).glob("*/") if (found := checkpoints(p))
-    ]
-    if not runs:
-        fail(f"no run under {root}/; train one: python train.py")
-    return max(runs)[1]
-
-
 def load_run(out_dir, checkpoint):
-    """(model, tokenizer) of a run's checkpoint, named in the output."""
-    out_dir = newest_run() if out_dir is None else Path(out_dir)
+    """(model, tokenizer) of a run's checkpoint, named in the output. out_dir None: the newest."""
+    if out_dir is None:
+        runs = [c[0] for folder in Path("out").glob("*/") if (c := checkpoints(folder))]
+        if not runs:
+            fail("no run under out/; train one: python train.py")
+        out_dir = max(runs, key=lambda newest: newest.stat().st_mtime).parent
+    out_dir = Path(out_dir)
     found = checkpoints(out_dir)
     if checkpoint == "newest" and not found:
         fail(f"{out_dir} holds no checkpoint; train it or name another --out_dir")
     folder = found[0] if checkpoint == "newest" else out_dir / checkpoint
     if not folder.is_dir():
-        names = ", ".join(p.name for p in out_dir.glob("*/")) or "nothing"
+        names = ", ".join(p.name for p in sorted(out_dir.glob("*/"))) or "nothing"
         fail(f"--checkpoint {checkpoint} is not in {out_dir}; it holds {names}")
     say(f"sampling from {folder}")
     return GPT.from_checkpoint(folder), prepare.load_tokenizer(folder)
@@ -70,8 +67,7 @@ def load_weights(name):
     """(model, tokenizer) of GPT-2 weights or a transformers folder."""
     model = GPT.from_pretrained(name)
     if (Path(name) / "tokenizer.json").exists():
-        engine = prepare.open_tokenizer_file(name)
-        return model, prepare.Tokenizer("tokenizer.json", engine)
+        return model, prepare.Tokenizer("tokenizer.json", prepare.open_tokenizer_file(name))
     return model, prepare.open_tiktoken("gpt2")
 
 
@@ -85,71 +81,88 @@ def read_prompt(start):
         fail(f"--start {start}: {getattr(error, 'strerror', None) or error}")
 
 
-def check_config(cfg):
-    """Everything about the options alone that can be wrong."""
+def complete(model, tokenizer, text, cfg, generator):
+    """Continue `text`: print it as it is made, then tokens/s. Returns the cfg.num_samples texts."""
+    prompt = tokenizer.encode(text)
+    if tokenizer.decode(prompt) != text:
+        say("warning: the model's vocabulary cannot write this prompt; it sees something else")
+    opener = 0 if prompt else 1  # an empty prompt is the end-of-text token, which is not shown
+    prompt = prompt or [tokenizer.eot_id]
+    if prompt == [None]:
+        fail("this tokenizer has no end-of-text token to begin with; give a --start", 2)
+    if max(prompt) >= model.config.vocab_size:
+        fail(f"the prompt has token {max(prompt)}, past the model's {model.config.vocab_size}")
+    idx = torch.tensor([prompt] * cfg.num_samples, device=generator.device)  # (B, T)
+    eos_id = tokenizer.eot_id if cfg.stop_at_eos else None
+
+    def text_of(row):  # without the end-of-text tokens that open and close it
+        ids = row.tolist()[len(prompt) :]
+        ids = ids[: ids.index(eos_id)] if eos_id in ids else ids
+        known = [i for i in ids if i < tokenizer.vocab_size]  # a head can be padded
+        return tokenizer.decode(prompt[opener:] + known)
+
+    began, shown = time.perf_counter(), ""
+    if cfg.num_beams > 1:
+        search = (cfg.max_new_tokens, cfg.num_beams, eos_id, cfg.kv_cache)
+        idx, logp = model.beam_search(idx, *search)
+    else:
+        settings = (cfg.temperature, cfg.top_k, cfg.top_p, eos_id, generator, cfg.kv_cache)
+        for new in model.stream(idx, cfg.max_new_tokens, *settings):
+            idx = torch.cat((idx, new), dim=1)
+            if cfg.num_samples == 1:
+                made = text_of(idx[0]).rstrip("\ufffd")  # the rest of a character is to come
+                print(made[len(shown) :], end="", flush=True)
+                shown = made
+    seconds, texts = time.perf_counter() - began, [text_of(row) for row in idx]
+    if cfg.num_samples == 1:
+        print(texts[0][len(shown) :])
+    else:
+        print("\n".join(f"--- sample {i + 1}\n{text}" for i, text in enumerate(texts)))
+    if cfg.num_beams > 1:
+        print(f"log-probability {logp.item():.4f}, {cfg.num_beams} beams")
+    count = (idx.size(1) - len(prompt)) * len(texts)
+    print(f"{count} tokens in {seconds:.1f} s, {count / seconds:.1f} tokens/s", flush=True)
+    return texts
+
+
+def chat(model, tokenizer, text, cfg, generator):
+    """Continue `text` where there is one, then what is typed, line by line, until Ctrl-D."""
+    with contextlib.suppress(ImportError):  # editing and history; Windows has its own
+        import readline  # noqa: F401
+    print("type the beginning of a text; Ctrl-C stops a text, Ctrl-D ends")
+    while True:
+        try:
+            line, text = text or input("> "), ""
+            complete(model, tokenizer, line, cfg, generator)
+        except KeyboardInterrupt:
+            print()
+        except EOFError:
+            return print()
+
+
+def main(cfg):
+    """Generate, print, and return the texts (list of str, prompt included; chat: None)."""
     at_least(cfg, 1, "num_samples", "max_new_tokens", "num_beams")
     at_least(cfg, 0, "temperature", "seed")
     if cfg.top_k is not None:
         at_least(cfg, 1, "top_k")
     if cfg.top_p is not None and not 0 < cfg.top_p <= 1:
         fail(f"--top_p {cfg.top_p} must lie above 0 and at most at 1", 2)
-
-
-def main(cfg):
-    """Generate, print, and return the texts (list of str, prompt included)."""
-    check_config(cfg)
+    if cfg.num_beams > 1 and cfg.num_samples > 1:
+        fail("--num_beams finds one text, the likeliest: use it with --num_samples 1", 2)
+    text = read_prompt(cfg.start)
     tune_allocator()
     source = (cfg.init_from,) if cfg.init_from else (cfg.out_dir, cfg.checkpoint)
-    model, tokenizer = (load_weights if cfg.init_from else load_run)(*source)
+    loaded = (load_weights if cfg.init_from else load_run)(*source)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    model.to(device)
-    prompt = tokenizer.encode(read_prompt(cfg.start))
-    hidden = 0 if prompt else 1  # an empty prompt is the end-of-text token, which is not shown
-    prompt = prompt or [tokenizer.eot_id]
-    if max(prompt) >= model.config.vocab_size:
-        fail(f"the prompt has token {max(prompt)}, past the model's {model.config.vocab_size}")
-    idx = torch.tensor([prompt] * cfg.num_samples, device=device)  # (B, T)
-    eos_id = tokenizer.eot_id if cfg.stop_at_eos else None
-    began, steps = time.perf_counter(), 0
-
-    if cfg.num_beams > 1:
-        out, logp = model.beam_search(
-            idx[:1], cfg.max_new_tokens, cfg.num_beams, eos_id, cfg.kv_cache
-        )
-        texts, steps = [tokenizer.decode(out[0, hidden:])], out.size(1) - idx.size(1)
-        say(texts[0])
-        say(f"log-probability {logp.item():.4f}, {cfg.num_beams} beams")
-    else:
-        generator = torch.Generator(device).manual_seed(cfg.seed)
-        settings = (cfg.temperature, cfg.top_k, cfg.top_p, eos_id, generator, cfg.kv_cache)
-        shown = ""
-        for new in model.stream(idx, cfg.max_new_tokens, *settings):
-            idx, steps = torch.cat((idx, new), dim=1), steps + 1
-            if cfg.num_samples == 1:
-                text = tokenizer.decode(idx[0, hidden:]).rstrip(
-                    "\ufffd"
-                )  # the rest of a character follows
-                sys.stdout.write(text[len(shown) :])
-                sys.stdout.flush()
-                shown = text
-        texts = [
-            tokenizer.decode(until_eos(row, len(prompt), eos_id)[hidden:]) for row in idx.tolist()
-        ]
-        if cfg.num_samples == 1:
-            print(texts[0][len(shown) :])
-        else:
-            for i, text in enumerate(texts):
-                print(f"--- sample {i + 1}\n{text}")
-    seconds = time.perf_counter() - began
-    made = steps * len(texts)
-    say(f"{made} tokens in {seconds:.1f} s, {made / seconds:.1f} tokens/s")
-    return texts
-
-
-def until_eos(row, prompt_length, eos_id):
-    """Token ids up to and without the first eos_id after the prompt."""
-    return row[: row.index(eos_id, prompt_length)] if eos_id in row[prompt_length:] else row
+    loaded[0].to(device)
+    generator = torch.Generator(device).manual_seed(cfg.seed)
+    return (chat if cfg.chat else complete)(*loaded, text, cfg, generator)
 
 
 if __name__ == "__main__":
-    main(CFG)
+    sys.stdout.reconfigure(encoding="utf-8")  # whatever the code page of a Windows pipe
+    try:
+        main(CFG)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

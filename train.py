@@ -42,12 +42,12 @@ class Config:
     tie_weights: bool = True  # one matrix for embedding and head
     init: Literal["gpt2", "torch"] = "gpt2"  # starting weights
     # one iteration = one update of batch_size x gradient_accumulation_steps x processes sequences
-    batch_size: int = 16  # sequences a process computes at once
+    batch_size: int = 8  # sequences a process computes at once
     gradient_accumulation_steps: int = 1  # micro-batches before an update
-    max_iters: int = 400  # updates
+    max_iters: int = 560  # updates
     max_epochs: float = 0.0  # passes over the training split; above 0 it sets max_iters
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices, AdamW for the rest
-    learning_rate: float = 3e-3  # at its peak
+    optimizer: Literal["adamw", "muon"] = "muon"  # muon: for the matrices, AdamW for the rest
+    learning_rate: float = 1e-2  # at its peak
     min_lr: float = 0.0  # at the last update
     warmup_iters: int = 40  # updates of linear warm-up
     weight_decay: float = 0.1  # of matrices only
@@ -55,8 +55,8 @@ class Config:
     beta2: float = 0.95  # AdamW
     grad_clip: float = 1.0  # norm the gradient is clipped to; 0: not clipped
     # once in a while
-    eval_interval: int = 100  # iterations between evaluations; 0: only at the end
-    eval_iters: int = 20  # batches of batch_size windows of each split
+    eval_interval: int = 140  # iterations between evaluations; 0: only at the end
+    eval_iters: int = 10  # batches of batch_size windows of each split
     log_interval: int = 10  # iterations between rows of log.csv
     save_interval: int = 0  # iterations between checkpoints; 0: only at the end
     keep_checkpoints: int = 2  # newest ones kept, besides best/
@@ -67,6 +67,8 @@ class Config:
     mixed_precision: Literal["auto", "fp16", "bf16", "no"] = "auto"  # weights stay fp32
     compile: bool = False  # torch.compile: slow to start, then faster
     log_with: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # tracker beside log.csv
+    dry_run: bool = False  # only say what the run would cost, see plan.py; nothing is written
+    tokens_per_s: float = 0.0  # speed for dry_run; 0: measured on two updates
 
 
 if __name__ == "__main__":
@@ -74,6 +76,7 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
@@ -86,6 +89,7 @@ from runtime import (
     damage,
     disk_errors,
     lock_folder,
+    machine,
     make_accelerator,
     open_log,
     plot_log,
@@ -345,7 +349,7 @@ def check_config(cfg):
     at_least(cfg, 1, "eval_iters", "log_interval")
     at_least(cfg, 0, "max_iters", "max_epochs", "learning_rate", "min_lr", "warmup_iters", "seed")
     at_least(cfg, 0, "weight_decay", "grad_clip", "eval_interval", "save_interval")
-    at_least(cfg, 0, "sample_tokens", "sample_temperature", "beta1", "beta2")
+    at_least(cfg, 0, "sample_tokens", "sample_temperature", "beta1", "beta2", "tokens_per_s")
     if max(cfg.beta1, cfg.beta2) >= 1:
         fail(f"--beta1 {cfg.beta1} and --beta2 {cfg.beta2} must be below 1", 2)
     if ".." in Path(cfg.out_dir or "").parts or ".." in Path(cfg.dataset).parts:
@@ -355,10 +359,19 @@ def check_config(cfg):
 def main(cfg):
     """Hold the run folder and the signals for as long as the run lasts."""
     check_config(cfg)
-    accelerator = make_accelerator(
-        cfg.mixed_precision, gradient_accumulation_steps=cfg.gradient_accumulation_steps
-    )
+    if cfg.log_with != "none" and cfg.log_with not in get_available_trackers():
+        fail(f"--log_with={cfg.log_with} needs a package: pip install {cfg.log_with}")
     out_dir = Path(cfg.out_dir or f"out/{cfg.dataset}")
+    accelerator = make_accelerator(
+        cfg.mixed_precision,
+        gradient_accumulation_steps=cfg.gradient_accumulation_steps,
+        log_with=None if cfg.log_with == "none" else cfg.log_with,
+        project_dir=out_dir,
+    )
+    if cfg.dry_run:
+        import plan  # only here: a run does without it
+
+        return plan.main(cfg, accelerator, make_optimizers)
     lock = lock_folder(out_dir) if accelerator.is_main_process else None
     stop = StopSignal()
     try:
@@ -429,6 +442,8 @@ def train(cfg, accelerator, out_dir, stop):
     start = it = saved.get("iter", 0)
     best = saved.get("best_val_loss") or math.inf
     bad_updates, skipped = 0, saved.get("skipped", 0)
+    hardware = machine() | {"precision": accelerator.mixed_precision,
+                            "processes": accelerator.num_processes}  # fmt: skip
     if checkpoint:
         say(f"resuming from {checkpoint} at iteration {it:,}")
     if main_process:
@@ -437,6 +452,9 @@ def train(cfg, accelerator, out_dir, stop):
             write_row = open_log(out_dir / "log.csv", keep_until=it if checkpoint else -1)
             if checkpoint:
                 trim_samples(out_dir / "samples.md", it)
+    with disk_errors(out_dir):  # trackers take no None
+        settings = {k: "None" if v is None else v for k, v in asdict(cfg).items()}
+        accelerator.init_trackers(out_dir.name, settings)  # no tracker: nothing happens
     tokenizer = prepare.load_tokenizer(data_folder)
     bar = tqdm(total=max_iters, initial=it, unit="it", disable=None if main_process else True)
     tell = say if bar.disable else lambda line: bar.write(line) if main_process else None
@@ -457,10 +475,12 @@ def train(cfg, accelerator, out_dir, stop):
         if fresh and main_process and ("val_loss" in row or it and it % cfg.log_interval == 0):
             with disk_errors(out_dir):
                 write_row(row)
+                accelerator.log(row, step=it)  # to the trackers
         improved = fresh and it and row.get("val_loss", math.inf) < best
         best = row["val_loss"] if improved else best
         info = {"model": asdict(c), "train": asdict(cfg), "iter": it, "skipped": skipped,
-                "best_val_loss": best if best < math.inf else None, **losses}  # fmt: skip
+                "best_val_loss": best if best < math.inf else None, "machine": hardware,
+                **losses}  # fmt: skip
         if improved:
             save_folder(accelerator, model, out_dir / "best", info, data_folder, False)
         due = it % cfg.save_interval == 0 if cfg.save_interval else False

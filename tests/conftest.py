@@ -1,0 +1,71 @@
+"""What several test files share: the scripts on sys.path, running one, what may be missing."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reached for the network would fail at once
+
+SHARED = Path(os.environ.get("SHARED_DATA_DIR", "/nowhere"))
+CACHE = Path(os.environ.get("TIKTOKEN_CACHE_DIR", Path(tempfile.gettempdir(), "data-gym-cache")))
+GPT2_FILES = (  # tiktoken's names for vocab.bpe and encoder.json
+    "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
+    "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
+)
+needs_shared = pytest.mark.skipif(
+    not SHARED.is_dir(), reason="SHARED_DATA_DIR names no folder with the-verdict.txt"
+)
+needs_gpt2 = pytest.mark.skipif(
+    not all((CACHE / name).is_file() for name in GPT2_FILES),
+    reason="TIKTOKEN_CACHE_DIR holds no GPT-2 vocabulary",
+)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """run("prepare.py", "--dataset=x", ...) -> the CompletedProcess, started in tmp_path."""
+
+    def run(script, *args, cwd=tmp_path, env=(), timeout=120, **more):
+        command = [sys.executable, str(ROOT / script), *map(str, args)]
+        env = {**os.environ, **dict(env)}
+        more = {"capture_output": True, "text": True, "encoding": "utf-8"} | more
+        return subprocess.run(command, cwd=cwd, env=env, timeout=timeout, **more)
+
+    return run
+
+
+def one_line(stderr, *words):
+    """`stderr` is one line that starts with 'error: ' and holds all of `words`."""
+    lines = stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), stderr
+    missing = [word for word in words if word not in lines[0]]
+    assert not missing, f"{missing} not in {lines[0]}"
+
+
+@pytest.fixture
+def fails(capsys):
+    """fails(code, function, *words): calling it ends with `code` and one line with `words`."""
+
+    def fails(code, function, *words):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            function()
+        assert stop.value.code == code
+        one_line(capsys.readouterr().err, *words)
+
+    return fails
+
+
+def snapshot(folder):
+    """Every path below `folder` with its content and time of change."""
+    paths = sorted(Path(folder).rglob("*"))
+    return {
+        str(p.relative_to(folder)): (p.read_bytes(), p.stat().st_mtime_ns) if p.is_file() else None
+        for p in paths
+    }
