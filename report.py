@@ -341,8 +341,8 @@ details { margin-bottom: 8px; } summary { cursor: pointer; font-weight: 600; }
 .heat { display: block; margin: 0 auto; } .heat rect { fill: var(--a); fill-opacity: var(--s); }
 table { border-collapse: collapse; font-size: .87rem; width: 100%; }
 th, td { text-align: left; padding: 3px 14px 3px 0; border-bottom: 1px solid var(--line);
-  font-weight: 400; vertical-align: top; overflow-wrap: anywhere; }
-th:first-child { width: 16em; } tr:first-child th { font-weight: 600; } tr:last-child > * { border-bottom: 0; }
+  font-weight: 400; vertical-align: top; }
+th:first-child { width: min(16em, 25vw); } tr:first-child th { font-weight: 600; } tr:last-child > * { border-bottom: 0; }
 td { font-family: ui-monospace, monospace; } .differs > * { color: var(--b); }
 """
 

@@ -65,6 +65,8 @@ def make_accelerator(mixed_precision, **kwargs):
 
     tune_allocator()
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if device is None and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        fail("FSDP needs GPUs: accelerate shards nothing on a CPU; use torchrun without FSDP")
     accelerator = Accelerator(
         cpu=device is None,
         mixed_precision=pick_precision(mixed_precision, device.type if device else "cpu"),

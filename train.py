@@ -395,6 +395,7 @@ def train(cfg, accelerator, out_dir, stop):
         found = start_run(out_dir, cfg.resume, cfg.overwrite)
     with accelerator.main_process_first():
         meta, data = load_data(cfg)
+    tokenizer = prepare.load_tokenizer(data_folder)
     vocab_size = meta["vocab_size"]
     rows = cfg.batch_size * cfg.gradient_accumulation_steps * accelerator.num_processes
     check_data(cfg, data, vocab_size, rows)
@@ -455,7 +456,6 @@ def train(cfg, accelerator, out_dir, stop):
     with disk_errors(out_dir):  # trackers take no None
         settings = {k: "None" if v is None else v for k, v in asdict(cfg).items()}
         accelerator.init_trackers(out_dir.name, settings)  # no tracker: nothing happens
-    tokenizer = prepare.load_tokenizer(data_folder)
     bar = tqdm(total=max_iters, initial=it, unit="it", disable=None if main_process else True)
     tell = say if bar.disable else lambda line: bar.write(line) if main_process else None
     row, seconds, tokens_since, losses = {"iter": 0, "tokens": 0}, 0.0, 0, {}

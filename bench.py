@@ -1,0 +1,290 @@
+"""This project beside what a user would pick instead, on the same work in one run.
+
+    python bench.py                      # train, sample, prepare: about 10 minutes on 2 CPU cores
+    python bench.py sample --json FILE
+    python bench.py roberta --text book.txt
+    python bench.py mrpc --text pairs.tsv --model FOLDER
+
+Each side is a process of its own (the allocator's setting holds for a process), set up and warmed
+before the clock starts; the sides take turns, A B A B, and their medians are compared. The
+machine's own limits, a matrix product and a copy, are measured first, in the same run.
+
+What was tried for speed, predicted -> seen (2 cores, AVX512-BF16), kept or not:
+- bf16 autocast, fused AdamW, glibc's malloc without mmap: 2.5x -> 3.4x the plain fp32 loop; kept
+- dropout from 16-bit slices of one 64-bit draw, own softmax: +15 % -> 518 to 605 tokens/s; kept
+- F.linear_cross_entropy, chunked, instead of logits: less memory -> 3.42 to 3.76 GB, and 6 times
+  slower (86 against 507 tokens/s); not kept
+- a hand-written chunked loss: -0.3 GB -> -0.03 GB, 15 % slower; not kept
+- weights transposed for decoding: 1.5x a matrix-vector product -> 1.5x; numpy's product, which
+  uses all cores where PyTorch's uses one: 2.9x, no copy; kept
+- huge pages for the weights: fewer TLB misses -> nothing; not kept
+- one random number a row and a search in the cumulated probabilities instead of multinomial, which
+  draws one for each of 50,257 tokens: 482 to 793 tokens/s with 16 samples in bf16; kept
+- Muon for the matrices: fewer iterations -> 1.91 instead of 2.09 bits per byte after 150; kept
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from configurator import fail, load
+
+WORK = ("train", "sample", "prepare", "roberta", "mrpc", "all")
+
+
+@dataclass
+class Config:
+    """Measure this project against its peers."""
+
+    json: str | None = None  # write the table there too
+    rounds: int = 5  # turns of each side
+    text: str | None = None  # text for prepare and roberta, pairs for mrpc; None: the stdlib preset
+    model: str | None = None  # encoder folder for mrpc
+    side: str | None = None  # used by the parent process: serve one side's turns
+
+
+if __name__ == "__main__":
+    WHAT = sys.argv.pop(1) if sys.argv[1:] and sys.argv[1] in WORK else "all"
+    CFG = load(Config)  # parse before the slow imports: --help answers at once
+
+import torch
+
+import prepare
+from model import GPT, GPTConfig, pack
+from runtime import pick_precision, tune_allocator
+
+# ---------------------------------------------------------------------------------------------
+# sides: generators; the first next() sets up and warms, each further one does a turn of work and
+# yields its amount
+
+
+def gemm(dtype):
+    """Floating-point operations of a 2048 x 2048 x 2048 matrix product."""
+    a, b = (torch.randn(2048, 2048, dtype=dtype) for _ in range(2))
+    while True:
+        for _ in range(10):
+            a @ b
+        yield 10 * 2 * 2048**3
+
+
+def copy():
+    """Bytes read and written by copying 256 MB."""
+    a = torch.randn(2**26)
+    b = torch.empty_like(a)
+    while True:
+        b.copy_(a)
+        yield 2 * a.nbytes
+
+
+def training(ours):
+    """Tokens of one update of GPT-2 124M, batch 2 x 256, dropout 0.1: train.py's parts, or
+    transformers' model in the plainest fp32 loop."""
+    torch.manual_seed(1)
+    idx, targets = torch.randint(50257, (2, 2, 256))
+    if ours:
+        import train
+
+        tune_allocator()
+        model = GPT(GPTConfig(block_size=256, dropout=0.1)).train()
+        options = train.Config(optimizer="adamw")
+        (optimizer,) = train.make_optimizers(model, options, torch.device("cpu"))
+        bf16 = pick_precision("auto", "cpu") == "bf16"
+    else:
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        model = GPT2LMHeadModel(GPT2Config(n_positions=256)).train()  # dropout 0.1 is its default
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    while True:
+        if ours:
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+                loss = model(idx, targets, return_logits=False)[1]
+        else:
+            logits = model(idx).logits
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        yield idx.numel()
+
+
+def decoding(kind, batch_size=1, tokens=200):
+    """Tokens decoded greedily by random GPT-2 124M weights after a prompt of 8."""
+    torch.manual_seed(1)
+    model, prompt = GPT(GPTConfig()).eval(), torch.arange(8).repeat(batch_size, 1)
+    if kind == "transformers":
+        hf = model.to_hf()
+        options = dict(max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+        options |= dict(attention_mask=torch.ones_like(prompt), pad_token_id=0)
+        while True:
+            hf.generate(prompt, **options)
+            yield batch_size * tokens
+    if kind.startswith("ctranslate2"):
+        generator = to_ctranslate2(model, kind.partition("-")[2] or "float32")
+        start = [[f"t{i}" for i in range(8)]] * batch_size
+        options = dict(max_length=tokens, min_length=tokens, sampling_topk=1)
+        while True:
+            generator.generate_batch(start, include_prompt_in_result=False, **options)
+            yield batch_size * tokens
+    tune_allocator()
+    model = model if kind == "fp32" else pack(model, kind)
+    while True:
+        model.generate(prompt, tokens, temperature=0)
+        yield batch_size * tokens
+
+
+def to_ctranslate2(model, compute_type):
+    """A ctranslate2.Generator with the weights of `model` and tokens called t0, t1, ..."""
+    import ctranslate2
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    names = {f"t{i}": i for i in range(model.config.vocab_size)}
+    engine = Tokenizer(models.WordLevel(names, unk_token="t0"))
+    last = f"t{model.config.vocab_size - 1}"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=engine, bos_token=last, eos_token=last,
+                                        unk_token=last)  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        model.to_hf(f"{folder}/hf")
+        tokenizer.save_pretrained(f"{folder}/hf")
+        ctranslate2.converters.TransformersConverter(f"{folder}/hf").convert(f"{folder}/ct2")
+        threads = torch.get_num_threads()
+        return ctranslate2.Generator(f"{folder}/ct2", compute_type=compute_type,
+                                     intra_threads=threads)  # fmt: skip
+
+
+def tokenizing(ours, text):
+    """Bytes of text turned into GPT-2 tokens: prepare.py end to end, or tiktoken alone on pieces of
+    1 MB in memory, on all cores."""
+    files = [Path(text)] if text else prepare.source_files("stdlib", ".")
+    content = "".join(piece for f in files for piece in prepare.read_pieces(f))
+    content *= 1 + 10**8 // len(content)
+    if not ours:
+        encoding = prepare.open_tiktoken("gpt2").engine
+        pieces = [content[i : i + 2**20] for i in range(0, len(content), 2**20)]
+        while True:
+            encoding.encode_ordinary_batch(pieces, num_threads=os.cpu_count())
+            yield len(content.encode())
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "text.txt").write_text(content, encoding="utf-8", newline="")
+        size, runs = (Path(folder) / "text.txt").stat().st_size, 0
+        while True:
+            source, runs = f"{folder}/text.txt", runs + 1
+            prepare.main(prepare.Config(f"run{runs}", source, "gpt2", data_dir=folder))
+            yield size
+
+
+def sides(what, cfg):
+    """{row: [(name, generator, its arguments), ...]}, ours first, the peer second."""
+    table = {
+        "train": {
+            "train 124M, 2 x 256, dropout 0.1 (tokens/s)": [
+                ("ours", training, True), ("transformers, plain fp32 loop", training, False)],
+        },
+        "sample": {
+            "decode 124M, batch 1, fp32 (tokens/s)": [
+                ("ours", decoding, "fp32"), ("ctranslate2", decoding, "ctranslate2")],
+            "the same against transformers": [
+                ("ours", decoding, "fp32"), ("transformers", decoding, "transformers")],
+            "decode 124M, batch 1, int8 (tokens/s)": [
+                ("ours", decoding, "int8"), ("ctranslate2 int8", decoding, "ctranslate2-int8")],
+            "decode 124M, bf16, 16 samples (tokens/s)": [
+                ("16 at once", decoding, "bf16", 16), ("one after another", decoding, "bf16")],
+        },
+        "prepare": {
+            "prepare 100 MB, gpt2 (bytes/s)": [
+                ("ours, end to end", tokenizing, True, cfg.text),
+                ("tiktoken alone", tokenizing, False, cfg.text)],
+        },
+    }  # fmt: skip
+    return {
+        row: pair for k, rows in table.items() if what in (k, "all") for row, pair in rows.items()
+    }
+
+
+# ---------------------------------------------------------------------------------------------
+# taking turns
+
+
+def serve(side, cfg):
+    """Child: set a side up, then do a turn for each line on stdin and answer amount, seconds."""
+    name, *arguments = json.loads(side)
+    turns = globals()[name](*arguments)
+    with open(1, "w", closefd=False) as answers, open(os.devnull, "w") as quiet:
+        sys.stdout = quiet  # what the peers print is not an answer
+        next(turns)
+        for _ in sys.stdin:
+            began = time.perf_counter()
+            print(json.dumps([next(turns), time.perf_counter() - began]), file=answers, flush=True)
+
+
+def take_turns(pair, rounds):
+    """[(name, generator, arguments), ...] -> for each the list of its rates, in turns."""
+    children = []
+    for _, function, *arguments in pair:
+        side = json.dumps([function.__name__, *arguments])
+        command = [sys.executable, __file__, f"--side={side}"]
+        children.append(
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        )
+    rates = [[] for _ in children]
+    for _ in range(rounds):
+        for child, mine in zip(children, rates, strict=True):
+            child.stdin.write("go\n")
+            child.stdin.flush()
+            answer = child.stdout.readline()
+            if not answer:
+                fail(f"bench: {child.args[-1]} ended; run it alone to see why")
+            amount, seconds = json.loads(answer)
+            mine.append(amount / seconds)
+    for child in children:
+        child.stdin.close()
+        child.wait()
+    return rates
+
+
+def limits(rounds):
+    """The machine's own speed: {name: median rate}."""
+    measured = {}
+    for name, turns in {
+        "fp32 matrix product, GFLOP/s": gemm(torch.float32),
+        "bf16 matrix product, GFLOP/s": gemm(torch.bfloat16),
+        "copy, GB/s read and written": copy(),
+    }.items():
+        next(turns)
+        rates = []
+        for _ in range(rounds):
+            began = time.perf_counter()
+            rates.append(next(turns) / (time.perf_counter() - began) / 1e9)
+        measured[name] = statistics.median(rates)
+    return measured
+
+
+def main(cfg, what="all"):
+    """Print the limits and a table of medians, spreads and ratios; write it as JSON where asked."""
+    if cfg.side:
+        return serve(cfg.side, cfg)
+    result = {"limits": limits(cfg.rounds), "rows": []}
+    for name, rate in result["limits"].items():
+        print(f"{name}: {rate:,.0f}")
+    print(f"{'work':44} {'ours':>12} {'peer':>12} {'ratio':>6}  spread, peer")
+    for row, pair in sides(what, cfg).items():
+        ours, peer = take_turns(pair, cfg.rounds)
+        medians = [statistics.median(rates) for rates in (ours, peer)]
+        ratios = sorted(a / b for a, b in zip(ours, peer, strict=True))
+        ratio = medians[0] / medians[1]
+        print(f"{row:44} {medians[0]:12,.1f} {medians[1]:12,.1f} {ratio:6.2f}  "
+              f"{ratios[0]:.2f}-{ratios[-1]:.2f}, {pair[1][0]}", flush=True)  # fmt: skip
+        result["rows"].append(dict(work=row, ours=ours, peer=peer, ratio=ratio, name=pair[1][0]))
+    if cfg.json:
+        Path(cfg.json).write_text(json.dumps(result, indent=2), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(CFG, WHAT)

@@ -1,0 +1,14 @@
+# Tiny Shakespeare with GPT-2's tokenizer (1.1 MB of text, downloaded), minutes on a CPU.
+# The text was not at hand where this was written: no loss to expect is given.
+dataset = "shakespeare"
+
+block_size = 256
+n_layer = 4
+n_head = 4
+n_embd = 256
+dropout = 0.1
+
+batch_size = 8
+max_iters = 600  # 4 passes over 302 thousand tokens
+eval_interval = 100
+sample_start = "ROMEO:"
