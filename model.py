@@ -333,7 +333,7 @@ class GPT(nn.Module):
                 cache.kv = cache.kv[:, :, rows]
             if eos_id is not None:
                 ended = ended.flatten()[rows].view(B, K) | (new.view(B, K) == eos_id)
-                if ended.all():
+                if ended.gather(1, score.argmax(dim=1, keepdim=True)).all():  # scores only fall
                     break
         best = score.argmax(dim=1, keepdim=True)
         return idx[(first + best).flatten()], score.gather(1, best).flatten()

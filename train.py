@@ -328,15 +328,21 @@ def save_folder(accelerator, model, folder, info, data_folder, whole_state):
 def pick_checkpoint(found, model_config):
     """The newest whole checkpoint and its config.json; names each damaged one it passes over."""
     for folder in found:
-        wrong = damage(folder)
-        if wrong is None:
-            saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            for key, value in saved["model"].items():
-                if model_config and model_config[key] != value:
-                    fail(f"--{key} is {model_config[key]} but {folder} was made with {value}; "
-                         f"resume with --{key}={value} or start a new --out_dir", 2)  # fmt: skip
-            return folder, saved
-        say(f"warning: {folder} is skipped: {wrong}")
+        wrong, saved = damage(folder), {}
+        try:
+            saved = wrong or json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            theirs = wrong or dict(saved["model"])
+        except (OSError, ValueError, KeyError, TypeError):
+            wrong = "config.json cannot be read"
+        if wrong:
+            say(f"warning: {folder} is skipped: {wrong}")
+            continue
+        for key, value in (model_config or {}).items():
+            if theirs.get(key) != value:
+                old = theirs.get(key)
+                fail(f"--{key} is {value} but {folder} was made with {old}; "
+                     f"resume with --{key}={old} or start a new --out_dir", 2)  # fmt: skip
+        return folder, saved
     fail(f"no whole checkpoint is left in {found[0].parent}; start again with --overwrite=True")
 
 
@@ -359,7 +365,7 @@ def check_config(cfg):
 def main(cfg):
     """Hold the run folder and the signals for as long as the run lasts."""
     check_config(cfg)
-    if cfg.log_with != "none" and cfg.log_with not in get_available_trackers():
+    if cfg.log_with != "none" and cfg.log_with not in map(str, get_available_trackers()):
         fail(f"--log_with={cfg.log_with} needs a package: pip install {cfg.log_with}")
     out_dir = Path(cfg.out_dir or f"out/{cfg.dataset}")
     accelerator = make_accelerator(
@@ -427,7 +433,10 @@ def train(cfg, accelerator, out_dir, stop):
     # save_weights writes the model, accelerate the rest
     accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
     if checkpoint:
-        accelerator.load_state(str(checkpoint))
+        try:
+            accelerator.load_state(str(checkpoint))  # weights_only: no code of a stranger's runs
+        except Exception as error:  # signed with the right sums, and still not what it should be
+            fail(f"{checkpoint} cannot be loaded: {type(error).__name__}; start a new --out_dir")
     compiled = cfg.compile and try_compile(model, cfg, accelerator)
 
     # -- say what is about to happen -----------------------------------------------------------

@@ -56,7 +56,7 @@ def tokens(rows, length, seed=1, config=TINY):
 
 @pytest.fixture
 def refuses(capsys):
-    """As fails, for from_pretrained: transformers' own bars and reports may stand before the line."""
+    """As fails, for from_pretrained: transformers' own bars may stand before the line."""
 
     def refuses(folder, *words, code=1):
         with pytest.raises(SystemExit) as stop:
@@ -91,6 +91,15 @@ def test_gpt2_weights_come_in(tmp_path, tied):
     back = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "back").state_dict()
     assert back.keys() == hf.state_dict().keys()
     assert all(torch.equal(v, back[k]) for k, v in hf.state_dict().items())
+
+
+def test_weights_without_a_head_come_in(tmp_path):
+    """The hub's gpt2 is such a folder: its names lack the prefix, and the head is tied."""
+    hf, idx = twin(), tokens(3, 8)
+    hf.transformer.save_pretrained(tmp_path)
+    ours = GPT.from_pretrained(str(tmp_path), dropout=0.1)
+    torch.testing.assert_close(ours(idx)[0], hf(idx).logits, atol=1e-5, rtol=0)
+    assert ours.config.dropout == 0.1
 
 
 @pytest.mark.parametrize("name", VARIANTS)
