@@ -26,7 +26,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from runtime import checkpoints, damage, disk_errors, say, seal_folder
+from runtime import checkpoints, damage, disk_errors, remove, say, seal_folder
 
 
 @dataclass
@@ -521,10 +521,14 @@ def export(run, folder):
         settings.bos_token_id = settings.eos_token_id = settings.pad_token_id = eot_id
     hf.generation_config.max_length = model.config.block_size  # there are no positions beyond
     temporary = folder.with_name(f".tmp-{folder.name}")
-    with disk_errors(folder.parent):
-        temporary.mkdir(parents=True, exist_ok=True)
+    with disk_errors(temporary):
+        remove(temporary)
+        temporary.mkdir(parents=True)
         hf.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        named = temporary / "tokenizer_config.json"  # by a name that transformers 4 knows too
+        text = named.read_text("utf-8").replace("TokenizersBackend", "PreTrainedTokenizerFast")
+        named.write_text(text, "utf-8")
         (temporary / "README.md").write_text(card, encoding="utf-8")
         seal_folder(temporary, folder)
     say(f"{checkpoint} -> {folder}")

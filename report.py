@@ -292,8 +292,12 @@ def table(head, rows):
 
 def side_by_side(what, parts):
     """The dicts `parts`, one a run, as a table of their joint keys."""
+
+    def show(value):  # quotes only where blanks would hide
+        return repr(value) if str(value) != str(value).strip() or value == "" else value
+
     names = list(dict.fromkeys(k for part in parts for k in part))
-    return table(what, [(k, *(repr(part[k]) if k in part else "–" for part in parts)) for k in names])
+    return table(what, [(k, *(show(part.get(k, "–")) for part in parts)) for k in names])
 
 
 STYLE = """
@@ -342,7 +346,8 @@ details { margin-bottom: 8px; } summary { cursor: pointer; font-weight: 600; }
 table { border-collapse: collapse; font-size: .87rem; width: 100%; }
 th, td { text-align: left; padding: 3px 14px 3px 0; border-bottom: 1px solid var(--line);
   font-weight: 400; vertical-align: top; }
-th:first-child { width: min(16em, 25vw); } tr:first-child th { font-weight: 600; } tr:last-child > * { border-bottom: 0; }
+th:first-child { width: min(16em, 25vw); } tr:first-child th { font-weight: 600; }
+tr:last-child > * { border-bottom: 0; }
 td { font-family: ui-monospace, monospace; } .differs > * { color: var(--b); }
 """
 

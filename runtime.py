@@ -62,11 +62,15 @@ def make_accelerator(mixed_precision, **kwargs):
     """
     import torch
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
 
     tune_allocator()
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if device is None and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         fail("FSDP needs GPUs: accelerate shards nothing on a CPU; use torchrun without FSDP")
+    if "WORLD_SIZE" not in os.environ:  # a second run in one notebook may want other settings
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
     accelerator = Accelerator(
         cpu=device is None,
         mixed_precision=pick_precision(mixed_precision, device.type if device else "cpu"),
@@ -92,7 +96,7 @@ def machine():
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {"cpu": cpu, "cores": os.cpu_count(), "accelerator": ", ".join(gpus) or None,
             "torch": torch.__version__, "python": platform.python_version(),
-            "system": platform.platform(terse=True)}  # fmt: skip
+            "system": f"{platform.system()} {platform.machine()}"}  # fmt: skip
 
 
 def say(*words):

@@ -6,10 +6,12 @@ python sample.py --init_from=gpt2 --num_beams=4        # GPT-2's own weights
 """
 
 import contextlib
+import json
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from configurator import at_least, fail, load
 
@@ -21,7 +23,7 @@ class Config:
     out_dir: str | None = None  # a run of train.py; None: the newest under out/
     checkpoint: str = "newest"  # newest, best or a checkpoint-... folder's name
     init_from: str | None = None  # instead of a run: gpt2, gpt2-medium, gpt2-large, gpt2-xl, folder
-    start: str = ""  # the prompt; FILE:path reads it from a file; empty: the end-of-text token
+    start: str | None = None  # the prompt, or FILE:path; '': end-of-text; None: the run's own
     num_samples: int = 1  # texts, made as one batch
     max_new_tokens: int = 200  # tokens a text at most
     temperature: float = 0.8  # below 1 bolder, above 1 wilder; 0: always the likeliest token
@@ -31,6 +33,7 @@ class Config:
     stop_at_eos: bool = True  # end a text at the end-of-text token
     kv_cache: bool = True  # False: compute every token anew (slow, for comparison)
     seed: int = 1337  # the same seed gives the same text
+    quantize: Literal["none", "bf16", "int8"] = "none"  # smaller weights, faster; int8: CPU only
     chat: bool = False  # prompts from the terminal, one line each; Ctrl-C stops a text, Ctrl-D ends
 
 
@@ -40,14 +43,18 @@ if __name__ == "__main__":
 import torch
 
 import prepare
-from model import GPT
+from model import GPT, pack
 from runtime import checkpoints, say, tune_allocator
 
 
 def load_run(out_dir, checkpoint):
-    """(model, tokenizer) of a run's checkpoint, named in the output. out_dir None: the newest."""
+    """(model, tokenizer, the run's prompt) of a checkpoint, named in the output.
+
+    out_dir None: the newest run of train.py; the other scripts' checkpoints have no meta.json.
+    """
     if out_dir is None:
         runs = [c[0] for folder in Path("out").glob("*/") if (c := checkpoints(folder))]
+        runs = [newest for newest in runs if (newest / "meta.json").exists()]
         if not runs:
             fail("no run under out/; train one: python train.py")
         out_dir = max(runs, key=lambda newest: newest.stat().st_mtime).parent
@@ -60,15 +67,17 @@ def load_run(out_dir, checkpoint):
         names = ", ".join(p.name for p in sorted(out_dir.glob("*/"))) or "nothing"
         fail(f"--checkpoint {checkpoint} is not in {out_dir}; it holds {names}")
     say(f"sampling from {folder}")
-    return GPT.from_checkpoint(folder), prepare.load_tokenizer(folder)
+    model, tokenizer = GPT.from_checkpoint(folder), prepare.load_tokenizer(folder)
+    saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return model, tokenizer, str(saved.get("train", {}).get("sample_start", ""))
 
 
 def load_weights(name):
-    """(model, tokenizer) of GPT-2 weights or a transformers folder."""
+    """(model, tokenizer, no prompt) of GPT-2 weights or a transformers folder."""
     model = GPT.from_pretrained(name)
     if (Path(name) / "tokenizer.json").exists():
-        return model, prepare.Tokenizer("tokenizer.json", prepare.open_tokenizer_file(name))
-    return model, prepare.open_tiktoken("gpt2")
+        return model, prepare.Tokenizer("tokenizer.json", prepare.open_tokenizer_file(name)), ""
+    return model, prepare.open_tiktoken("gpt2"), ""
 
 
 def read_prompt(start):
@@ -150,14 +159,20 @@ def main(cfg):
         fail(f"--top_p {cfg.top_p} must lie above 0 and at most at 1", 2)
     if cfg.num_beams > 1 and cfg.num_samples > 1:
         fail("--num_beams finds one text, the likeliest: use it with --num_samples 1", 2)
-    text = read_prompt(cfg.start)
+    text = None if cfg.start is None else read_prompt(cfg.start)
     tune_allocator()
     source = (cfg.init_from,) if cfg.init_from else (cfg.out_dir, cfg.checkpoint)
-    loaded = (load_weights if cfg.init_from else load_run)(*source)
+    model, tokenizer, start = (load_weights if cfg.init_from else load_run)(*source)
+    if text is None:
+        text = "" if cfg.chat else start
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    loaded[0].to(device)
+    if cfg.quantize == "int8" and str(device) != "cpu":
+        fail(f"--quantize=int8 runs on a CPU, not on {device}; use --quantize=bf16", 2)
+    model.to(device)
+    if cfg.quantize != "none":
+        pack(model, cfg.quantize)
     generator = torch.Generator(device).manual_seed(cfg.seed)
-    return (chat if cfg.chat else complete)(*loaded, text, cfg, generator)
+    return (chat if cfg.chat else complete)(model, tokenizer, text, cfg, generator)
 
 
 if __name__ == "__main__":

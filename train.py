@@ -60,7 +60,7 @@ class Config:
     log_interval: int = 10  # iterations between rows of log.csv
     save_interval: int = 0  # iterations between checkpoints; 0: only at the end
     keep_checkpoints: int = 2  # newest ones kept, besides best/
-    sample_start: str = "def "  # prompt of the text written at each evaluation
+    sample_start: str = "def"  # prompt of the text written at each evaluation
     sample_tokens: int = 100  # its length; 0: none
     sample_temperature: float = 0.8  # 0: greedy
     # machine

@@ -15,7 +15,7 @@ from conftest import needs_gpt2, one_line
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch.nn import functional as F
 
 import model as model_module
@@ -560,6 +560,9 @@ def byte_tokenizer():
     engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     engine.decoder = decoders.ByteLevel()
     engine.add_special_tokens([AddedToken("<|endoftext|>", special=True)])
+    engine.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
     return engine
 
 
@@ -590,9 +593,12 @@ def test_export_is_a_transformers_folder(exported, name):
     engine.encode_special_tokens = True
     for text in TEXTS:
         ids = tokenizer(text)["input_ids"]
-        assert ids == engine.encode(text).ids and tokenizer.decode(ids) == text
+        assert ids == engine.encode(text, add_special_tokens=False).ids
+        assert tokenizer.decode(ids) == text
     idx = torch.tensor([tokenizer("Every effort")["input_ids"]])
     torch.testing.assert_close(hf(idx).logits, ours(idx)[0], atol=1e-5, rtol=0)
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"  # transformers 4 has no other
     assert tokenizer.eos_token_id == tokenizer.bos_token_id == hf.config.eos_token_id == 0
     greedy = ours.generate(idx, 20, temperature=0, eos_id=0)
     assert hf.generate(idx, do_sample=False).tolist()[0] == greedy.tolist()[0]
