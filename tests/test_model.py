@@ -341,6 +341,25 @@ def test_generate_with_and_without_cache(how):
     assert torch.equal(texts[0][:, :5], idx)
 
 
+@pytest.mark.parametrize("kind, error, share", [("bf16", 0.02, 0.5), ("int8", 0.03, 0.3)])
+def test_packed_weights(kind, error, share):
+    """A scale on the wrong side would be noise; embeddings must stay as they are."""
+    config = replace(TINY, n_embd=64, vocab_size=50, n_layer=3)
+    ours, packed, idx = make(config, spread=0.1), make(config, spread=0.1), tokens(3, 8)
+    model_module.pack(packed, kind)
+    a, b = ours(idx)[0], packed(idx)[0]
+    assert 0 < (a - b).norm() / a.norm() < error
+    assert torch.equal(packed.transformer.wte.weight, ours.transformer.wte.weight)
+
+    def size(gpt):
+        state = gpt.transformer.h.state_dict()
+        return sum(v.nbytes for k, v in state.items() if "c_" in k and not k.endswith("bias"))
+
+    assert size(packed) <= size(ours) * share
+    text = packed.generate(idx[:1], 12, temperature=0)
+    assert torch.equal(text, packed.generate(idx[:1], 12, temperature=0, kv_cache=False))
+
+
 # ---------------------------------------------------------------------------------------------
 # sampling
 

@@ -21,7 +21,8 @@ import train
 from model import GPT
 
 TINY = dict(n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=2, max_iters=5)
-TINY |= dict(warmup_iters=2, eval_iters=2, save_interval=2, sample_tokens=0, mixed_precision="no")
+TINY |= dict(warmup_iters=2, eval_iters=2, save_interval=2, mixed_precision="no")
+TINY |= dict(sample_tokens=0, sample_start="ç")
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +102,9 @@ def test_wrong_calls_are_one_line(root, run_dir, run, fails, tmp_path):
 
 
 def test_prompts(go):
-    """Empty, longer than block_size, and with a character that the vocabulary lacks."""
+    """The run's own, empty, longer than block_size, with a character the vocabulary lacks."""
+    (text,), said = go(max_new_tokens=12)
+    assert text.startswith("ç") and text in said
     (text,), said = go(start="", max_new_tokens=12)
     assert "<|endoftext|>" not in said and text in said
     long = "Every effort moves you " * 4
@@ -145,6 +148,13 @@ def test_beams(go, run_dir):
     assert shown >= logp[0, 4:].sum() - 1e-3
 
 
+@pytest.mark.parametrize("kind", ["bf16", "int8"])
+def test_packed_weights(go, kind):
+    """Rounded weights change a text little: greedy, this model says the same."""
+    texts, said = go(start="Every", temperature=0, max_new_tokens=9, quantize=kind)
+    assert texts == go(start="Every", temperature=0, max_new_tokens=9)[0] and texts[0] in said
+
+
 def test_checkpoints(go, run_dir):
     """newest, best, or one by name."""
     names = {p.name for p in run_dir.glob("*/")}
@@ -163,6 +173,7 @@ def test_the_newest_run_is_the_one_trained_last(root, run_dir, go, monkeypatch, 
             (folder / file.name).write_bytes(file.read_bytes())
         os.utime(folder, (1e9 + [1, 3, 2][i],) * 2)
     (tmp_path / "out" / "empty").mkdir()
+    (tmp_path / "out" / "mrpc" / "checkpoint-000009").mkdir(parents=True)  # another script's
     monkeypatch.chdir(tmp_path)
     assert str(Path("out", "ant")) in go(out_dir=None, max_new_tokens=1)[1].splitlines()[0]
 
