@@ -1,6 +1,6 @@
 # A small KantaiBERT for a CPU: any text of a few hundred kB, in short blocks, many times over.
 #     python train_roberta.py config/kantaibert_small.py --source=kant.txt
-# On 343 kB of Kant: about 3 minutes on 2 cores. The loss stays near 5.5, what the words' frequencies
+# On 343 kB of Kant, 2 cores: 3 minutes. The loss stays near 5.5, what the words' frequencies
 # give, until attention has found the neighbours after about 1,300 updates; then it falls below 4.
 # A larger learning rate or a smaller init_std never got off that plateau.
 vocab_size = 1_500  # each token is seen often enough in a small text
