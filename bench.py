@@ -1,26 +1,24 @@
 """This project beside what a user would pick instead, on the same work in one run.
 
-    python bench.py                      # train, sample, prepare: about 10 minutes on 2 CPU cores
+    python bench.py                      # train, sample and prepare
     python bench.py sample --json FILE
-    python bench.py roberta --text book.txt
-    python bench.py mrpc --text pairs.tsv --model FOLDER
 
 Each side is a process of its own (the allocator's setting holds for a process), set up and warmed
 before the clock starts; the sides take turns, A B A B, and their medians are compared. The
 machine's own limits, a matrix product and a copy, are measured first, in the same run.
 
-What was tried for speed, predicted -> seen (2 cores, AVX512-BF16), kept or not:
-- bf16 autocast, fused AdamW, glibc's malloc without mmap: 2.5x -> 3.4x the plain fp32 loop; kept
-- dropout from 16-bit slices of one 64-bit draw, own softmax: +15 % -> 518 to 605 tokens/s; kept
-- F.linear_cross_entropy, chunked, instead of logits: less memory -> 3.42 to 3.76 GB, and 6 times
-  slower (86 against 507 tokens/s); not kept
-- a hand-written chunked loss: -0.3 GB -> -0.03 GB, 15 % slower; not kept
-- weights transposed for decoding: 1.5x a matrix-vector product -> 1.5x; numpy's product, which
-  uses all cores where PyTorch's uses one: 2.9x, no copy; kept
-- huge pages for the weights: fewer TLB misses -> nothing; not kept
+What was tried for speed (2 cores, AVX512-BF16), and what was seen:
+- bf16 autocast, fused AdamW, glibc's malloc without mmap: 154 to 518 tokens/s (train row); kept
+- dropout from 16-bit slices of one 64-bit draw, own softmax: 518 to 605 tokens/s; kept
+- F.linear_cross_entropy, chunked, instead of logits: 507 to 86 tokens/s, 3.4 to 3.8 GB; not kept
+- a hand-written chunked loss: 507 to 430 tokens/s, 3.42 to 3.39 GB; not kept
+- decoding one row: PyTorch's matrix-vector product uses one core (16 GB/s of weights), the same
+  with transposed weights 25, numpy's uses all cores, 48; numpy kept
+- huge pages for the weights: no difference; not kept
 - one random number a row and a search in the cumulated probabilities instead of multinomial, which
   draws one for each of 50,257 tokens: 482 to 793 tokens/s with 16 samples in bf16; kept
-- Muon for the matrices: fewer iterations -> 1.91 instead of 2.09 bits per byte after 150; kept
+- Muon for the matrices: 2.09 to 1.91 bits per byte after 150 iterations of 4,096 tokens; kept
+- half the tokens an iteration, twice the iterations: 1.91 to 1.78 bits per byte; kept
 """
 
 import json
@@ -35,7 +33,7 @@ from pathlib import Path
 
 from configurator import fail, load
 
-WORK = ("train", "sample", "prepare", "roberta", "mrpc", "all")
+WORK = ("train", "sample", "prepare", "all")
 
 
 @dataclass
@@ -44,8 +42,7 @@ class Config:
 
     json: str | None = None  # write the table there too
     rounds: int = 5  # turns of each side
-    text: str | None = None  # text for prepare and roberta, pairs for mrpc; None: the stdlib preset
-    model: str | None = None  # encoder folder for mrpc
+    text: str | None = None  # text file for prepare; None: the stdlib preset
     side: str | None = None  # used by the parent process: serve one side's turns
 
 
