@@ -197,6 +197,7 @@ def encoding_patterns():
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=adversarial())
+@example(text="word " + "x" * 33 + ".\nyes")  # the 40th character is what '.\n' would lose
 def test_pieces_split_as_the_whole(bpe, text):
     """A piece that ends inside what a tokenizer joins ('.\\n', ' \\n', \\n/) gives other tokens."""
     with pytest.MonkeyPatch.context() as patch:
