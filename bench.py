@@ -1,7 +1,9 @@
 """This project beside what a user would pick instead, on the same work in one run.
 
-    python bench.py                      # train, sample and prepare
-    python bench.py sample --json FILE
+    python bench.py                      # all rows but the long ones
+    python bench.py sample --json FILE   # or train, prepare, mrpc, roberta
+    python bench.py char                 # long: two whole commands in turns; verdict as well
+    python bench.py scale                # speed and memory against size: bench.png
 
 Each side is a process of its own (the allocator's setting holds for a process), set up and warmed
 before the clock starts; the sides take turns, A B A B, and their medians are compared. The
@@ -33,7 +35,7 @@ from pathlib import Path
 
 from configurator import fail, load
 
-WORK = ("train", "sample", "prepare", "all")
+WORK = ("train", "sample", "prepare", "mrpc", "roberta", "all", "char", "verdict", "scale")
 
 
 @dataclass
@@ -42,7 +44,7 @@ class Config:
 
     json: str | None = None  # write the table there too
     rounds: int = 5  # turns of each side
-    text: str | None = None  # text file for prepare; None: the stdlib preset
+    text: str | None = None  # text file for prepare, roberta and char; None: the stdlib preset
     side: str | None = None  # used by the parent process: serve one side's turns
 
 
@@ -177,6 +179,102 @@ def tokenizing(ours, text):
             yield size
 
 
+def pretraining(ours, text):
+    """Tokens, padding not counted, of one update of KantaiBERT (84M at 52,000 tokens of vocabulary)
+    on 64 lines: train_roberta.py's parts, or what transformers' Trainer does by default: fp32,
+    lines padded to the longest, the vocabulary head over every position."""
+    import numpy as np
+    import transformers
+
+    import train_roberta
+
+    cfg = train_roberta.Config()
+    lines = list(train_roberta.read_lines(prepare.source_files(text or "stdlib", ".")))[:8192]
+    with tempfile.TemporaryDirectory() as folder:
+        train_roberta.train_tokenizer(lines, cfg.vocab_size, folder)
+        tokenizer = train_roberta.open_tokenizer(folder, cfg)
+    masked = train_roberta.Masked(
+        train_roberta.encode(lines, tokenizer, cfg.block_size, cfg.packing), tokenizer, cfg
+    )
+    special = tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id
+    torch.manual_seed(cfg.seed)
+    model = train_roberta.make_model(cfg, cfg.vocab_size, special)
+    if ours:
+        tune_allocator()
+    else:
+        model = transformers.RobertaForMaskedLM(model.config)
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=5e-5, weight_decay=0.0, fused=True)
+    bf16 = ours and pick_precision("auto", "cpu") == "bf16"
+
+    def pad(pairs):  # [(ids, labels), ...] -> tensors (64, T)
+        longest = max(len(ids) for ids, _ in pairs)
+        fill = {"input_ids": special[1], "labels": -100, "attention_mask": 0}
+        rows = [(ids, labels, np.ones_like(ids)) for ids, labels in pairs]
+        return {
+            name: torch.from_numpy(np.stack(
+                [np.pad(r[i], (0, longest - len(r[i])), constant_values=fill[name]) for r in rows]
+            )).long() for i, name in enumerate(("input_ids", "labels", "attention_mask"))
+        }  # fmt: skip
+
+    places = list(train_roberta.Order(len(masked), 64 * 200, cfg.seed))
+    while True:
+        for at in range(0, len(places), 64):
+            pairs = [masked[place] for place in places[at : at + 64]]
+            batch = train_roberta.collate(pairs, special[1]) if ours else pad(pairs)
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+                loss = model(**batch).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            yield sum(len(ids) for ids, _ in pairs)
+
+
+def finetuning(ours):
+    """Pairs trained on in 20 updates of 8, with an encoder of 22M parameters (MiniLM's shape) and
+    pairs as long as MRPC's: finetune_mrpc.py's parts, or the plain loop of a lesson: fp32, torch's
+    AdamW, shuffled and padded a batch."""
+    import transformers
+    from tokenizers import Tokenizer, models
+
+    import finetune_mrpc
+
+    torch.manual_seed(42)
+    lengths = torch.normal(53.0, 14.0, (640,)).clamp(20, 110).long().tolist()  # MSR's, measured
+    pairs = [{"input_ids": torch.randint(1, 30522, (n,)).tolist(), "attention_mask": [1] * n,
+              "labels": n % 2} for n in lengths]  # fmt: skip
+    engine = Tokenizer(models.WordLevel({"[PAD]": 0}))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=engine, pad_token="[PAD]")
+    collate = transformers.DataCollatorWithPadding(tokenizer)
+    shape = transformers.BertConfig(
+        hidden_size=384, num_hidden_layers=6, intermediate_size=1536, num_labels=2,
+        attn_implementation=finetune_mrpc.attention("cpu") if ours else None)  # fmt: skip
+    model = transformers.BertForSequenceClassification(shape).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, fused=ours or None)
+    if ours:
+        tune_allocator()
+    bf16 = ours and pick_precision("auto", "cpu") == "bf16"
+    window, epoch, updates = finetune_mrpc.Config.length_window if ours else 0, 0, 0
+    while True:
+        for rows in finetune_mrpc.epoch_batches(lengths, 8, window, 42, epoch):
+            inputs = collate([pairs[row] for row in rows])
+            labels = inputs.pop("labels")
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+                logits = model(**inputs).logits
+            loss = torch.nn.functional.cross_entropy(logits.float(), labels)
+            loss.backward()
+            if ours:  # it skips updates that are not finite
+                grads = [p.grad for p in model.parameters() if p.grad is not None]
+                torch.nn.utils.get_total_norm(grads).item()
+            optimizer.step()
+            optimizer.zero_grad()
+            loss.item()
+            updates += 1
+            if updates % 20 == 0:
+                yield 160
+        epoch += 1
+
+
 def sides(what, cfg):
     """{row: [(name, generator, its arguments), ...]}, ours first, the peer second."""
     table = {
@@ -198,6 +296,15 @@ def sides(what, cfg):
             "prepare 100 MB, gpt2 (bytes/s)": [
                 ("ours, end to end", tokenizing, True, cfg.text),
                 ("tiktoken alone", tokenizing, False, cfg.text)],
+        },
+        "roberta": {
+            "KantaiBERT 84M, 64 lines an update (tokens/s)": [
+                ("ours", pretraining, True, cfg.text),
+                ("the Trainer's default, fp32", pretraining, False, cfg.text)],
+        },
+        "mrpc": {
+            "fine-tune 22M, 8 pairs an update (pairs/s)": [
+                ("ours", finetuning, True), ("plain fp32 loop", finetuning, False)],
         },
     }  # fmt: skip
     return {

@@ -86,13 +86,13 @@ def flops(model, cfg, tokens):
 
 def shape(cfg):
     """(GPTConfig, train tokens or None where the data is not prepared) of the run; no download."""
-    meta_file = Path(cfg.data_dir) / cfg.dataset / "meta.json"
-    if meta_file.exists():
-        meta = json.loads(meta_file.read_text(encoding="utf-8"))
+    folder = Path(cfg.data_dir) / cfg.dataset
+    if (prepare.parts(folder)[0] / "meta.json").exists():
+        meta = prepare.read_meta(folder)
     elif cfg.dataset in prepare.PRESETS:
         meta = {"vocab_size": prepare.PRESETS[cfg.dataset][2] or 50257}
     else:
-        fail(f"{meta_file.parent} holds no prepared data: the vocabulary is not known")
+        fail(f"{folder} holds no prepared data: the vocabulary is not known")
     values = {f.name: getattr(cfg, f.name, None) for f in fields(GPTConfig)}
     values["vocab_size"] = meta["vocab_size"]
     if cfg.init_from != "scratch":

@@ -10,6 +10,7 @@ torchrun --nproc_per_node 2 train.py             # several processes, GPUs or no
 import json
 import math
 import re
+import shutil
 import time
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -108,17 +109,14 @@ BAD_UPDATES = 10  # non-finite in a row: the run is broken
 def load_data(cfg):
     """Return (meta, {split: token array}) of the data set; prepares a missing preset."""
     folder = Path(cfg.data_dir) / cfg.dataset
-    if not (folder / "meta.json").exists():
+    if not (prepare.parts(folder)[0] / "meta.json").exists():  # parts: one folder, or all shards
         if cfg.dataset not in prepare.PRESETS:
             fail(f"{folder} holds no prepared data; make it: "
                  f"python prepare.py --dataset={cfg.dataset} --source=PATH")  # fmt: skip
         say(f"{folder} is not there yet: preparing it")
         prepare.main(prepare.Config(dataset=cfg.dataset, data_dir=cfg.data_dir))
-    try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        return meta, {s: np.load(folder / f"{s}.npy", mmap_mode="r") for s in ("train", "val")}
-    except (OSError, ValueError) as error:
-        fail(f"{folder} is damaged ({error}); delete it and run prepare.py again")
+    meta = prepare.read_meta(folder)
+    return meta, {split: prepare.open_split(folder, split) for split in ("train", "val")}
 
 
 def check_data(cfg, data, vocab_size, rows):
@@ -318,9 +316,11 @@ def save_folder(accelerator, model, folder, info, data_folder, whole_state):
         if accelerator.is_main_process:
             text = json.dumps(info, indent=2)
             (temporary / "config.json").write_text(text, encoding="utf-8")
-            for name in ("meta.json", "tokenizer.json"):
-                if (data_folder / name).exists():
-                    (temporary / name).write_bytes((data_folder / name).read_bytes())
+            meta = json.dumps(prepare.read_meta(data_folder), indent=2)
+            (temporary / "meta.json").write_text(meta, encoding="utf-8")
+            tokenizer = prepare.parts(data_folder)[0] / "tokenizer.json"
+            if tokenizer.exists():
+                shutil.copy(tokenizer, temporary)
             seal_folder(temporary, folder)
     accelerator.wait_for_everyone()
 

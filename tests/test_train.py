@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -206,23 +207,57 @@ def test_epochs_set_the_iterations(config):
     assert log(cfg)[-1]["iter"] == math.ceil(0.1 * train.n_windows(tokens, 16) / 4)
 
 
+def on_two(cfg):
+    """Run train.py on two processes; returns what it printed."""
+    done = run(cfg, sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2")
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.mark.slow
 def test_two_processes_train_what_one_trains(config, tmp_path):
-    """Would catch two independent runs, another data order, doubled output, and a loss that is
-    one process's own. A checkpoint of two then resumes on one, and back."""
-    one = config(batch_size=8, max_iters=12, save_interval=6)
+    """Would catch two independent runs, another data order, doubled output, a loss that is one
+    process's own, and a checkpoint that only as many processes as wrote it can resume."""
+    one = config(batch_size=8, max_iters=50, save_interval=25, keep_checkpoints=9)
     two = replace(one, out_dir=str(tmp_path / "two"), batch_size=4)
     train.main(one)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    done = run(two, *launch)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("parameters") == 1 and "2 process(es)" in done.stdout
-    numbers = [[(r["loss"], r["lr"], r["grad_norm"]) for r in log(c)[1:]] for c in (one, two)]
-    assert np.allclose(*np.array(numbers, float), atol=1e-5)
-    runtime.remove(newest(two))
-    train.main(replace(two, batch_size=8, resume=True))
-    numbers = [[(r["loss"], r["lr"], r["grad_norm"]) for r in log(c)[1:]] for c in (one, two)]
-    assert np.allclose(*np.array(numbers, float), atol=1e-5)
+    said = on_two(two)
+    assert said.count("parameters") == 1 and "2 process(es)" in said
+    for name in ("two to two", "one to two", "two to one"):
+        source = one if name.startswith("one") else two
+        resumed = replace(one if name.endswith("one") else two, out_dir=str(tmp_path / name))
+        shutil.copytree(source.out_dir, resumed.out_dir)
+        runtime.remove(newest(resumed))
+        (train.main if name.endswith("one") else on_two)(replace(resumed, resume=True))
+        if name == "two to two":
+            assert same_weights(weights(two), weights(resumed)) and log(two) == log(resumed)
+    expected = [[(r["loss"], r["lr"], r["grad_norm"]) for r in log(one)[1:]]] * 4
+    names = ("two", "two to two", "one to two", "two to one")
+    seen = [log(replace(one, out_dir=str(tmp_path / name)))[1:] for name in names]
+    seen = [[(r["loss"], r["lr"], r["grad_norm"]) for r in rows] for rows in seen]
+    assert np.array(seen).shape == (4, 50, 3)
+    assert np.allclose(np.array(seen), np.array(expected), atol=1e-5)
+
+
+def test_shards_are_read_as_one_data_set(config, data_dir, tmp_path):
+    """Would catch windows that end at a shard's border or a checkpoint without its tokenizer."""
+    whole = config(save_interval=4)
+    train.main(whole)
+    arrays = {s: np.load(data_dir / "tiny" / f"{s}.npy") for s in prepare.SPLITS}
+    meta = json.loads((data_dir / "tiny" / "meta.json").read_text("utf-8"))
+    for i in range(3):
+        shard = tmp_path / f"data/tiny/shard-00{i}-of-003"
+        shutil.copytree(data_dir / "tiny", shard)
+        for split, tokens in arrays.items():
+            mine = np.array_split(tokens, [1000, 1013])[i]
+            np.save(shard / f"{split}.npy", mine)
+            meta[f"{split}_tokens"] = len(mine)
+        (shard / "meta.json").write_text(json.dumps(meta), "utf-8")
+    sharded = replace(whole, data_dir=str(tmp_path / "data"), out_dir=str(tmp_path / "sharded"))
+    train.main(sharded)
+    assert log(sharded) == log(whole) and same_weights(weights(sharded), weights(whole))
+    assert prepare.read_meta(newest(sharded))["train_tokens"] == len(arrays["train"])
+    assert prepare.load_tokenizer(newest(sharded)).encode("def")
 
 
 # -- faults ----------------------------------------------------------------------------------------
