@@ -205,8 +205,7 @@ class GPT(nn.Module):
             )
         )
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
-        if config.tie_weights:
-            self.lm_head.weight = self.transformer.wte.weight
+        self.tie_weights()
         if config.init == "gpt2":
             for name, p in self.named_parameters():
                 if name.endswith("bias"):
@@ -214,6 +213,12 @@ class GPT(nn.Module):
                 elif p.dim() == 2:  # residual projections start smaller: GPT-2 report, section 2.3
                     residual = name.endswith("c_proj.weight")
                     nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer if residual else 1))
+
+    def tie_weights(self):
+        """Let lm_head share wte if the config says so. accelerate calls it after FSDP has moved the
+        model and parted the two."""
+        if self.config.tie_weights:
+            self.lm_head.weight = self.transformer.wte.weight
 
     def count_parameters(self):
         """The number of weights, a tied head counted once."""

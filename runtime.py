@@ -54,20 +54,20 @@ def pick_precision(wanted, device_type):
     return wanted
 
 
-def make_accelerator(mixed_precision, **kwargs):
+def make_accelerator(mixed_precision, may_shard=False, **kwargs):
     """An accelerate.Accelerator on the best device here, `mixed_precision` resolved.
 
+    may_shard: whether the script can do with a part of the model in each process.
     cpu=True matters: without it `torchrun` on a machine with no GPU makes independent runs that
     overwrite each other (accelerate 1.15). Exits with code 1 where that happens all the same.
     """
     import torch
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, GradientState
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
     tune_allocator()
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if device is None and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        fail("FSDP needs GPUs: accelerate shards nothing on a CPU; use torchrun without FSDP")
     if "WORLD_SIZE" not in os.environ:  # a second run in one notebook may want other settings
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
@@ -76,6 +76,13 @@ def make_accelerator(mixed_precision, **kwargs):
         mixed_precision=pick_precision(mixed_precision, device.type if device else "cpu"),
         **kwargs,
     )
+    if device is None and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        # accelerate turns it on for GPUs only; PyTorch's own shards over gloo as well
+        for state in (accelerator.state, PartialState()):
+            state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+    if not may_shard and accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
+        fail(f"{sys.argv[0]} runs with a whole model in each process only; start with: torchrun")
     if int(os.environ.get("WORLD_SIZE", "1")) != accelerator.num_processes:
         fail(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but accelerate sees "

@@ -370,10 +370,14 @@ def main(cfg):
     out_dir = Path(cfg.out_dir or f"out/{cfg.dataset}")
     accelerator = make_accelerator(
         cfg.mixed_precision,
+        may_shard=True,
         gradient_accumulation_steps=cfg.gradient_accumulation_steps,
         log_with=None if cfg.log_with == "none" else cfg.log_with,
         project_dir=out_dir,
     )
+    if cfg.optimizer == "muon" and accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
+        fail(f"{accelerator.distributed_type.value} keeps the state of one optimizer, and muon is "
+             "two; use --optimizer=adamw")  # fmt: skip
     if cfg.dry_run:
         import plan  # only here: a run does without it
 
@@ -429,6 +433,8 @@ def train(cfg, accelerator, out_dir, stop):
              f"{c.block_size}; the data needs {vocab_size} and {cfg.block_size}", 2)  # fmt: skip
     model.to(device).train()
     optimizers = make_optimizers(model, cfg, device)
+    if plugin := accelerator.state.deepspeed_plugin:  # it would ask a data loader
+        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = cfg.batch_size
     model, *optimizers = accelerator.prepare(model, *optimizers)
     # save_weights writes the model, accelerate the rest
     accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
@@ -436,7 +442,8 @@ def train(cfg, accelerator, out_dir, stop):
         try:
             accelerator.load_state(str(checkpoint))  # weights_only: no code of a stranger's runs
         except Exception as error:  # signed with the right sums, and still not what it should be
-            fail(f"{checkpoint} cannot be loaded: {type(error).__name__}; start a new --out_dir")
+            fail(f"{checkpoint} cannot be loaded: {str(error).splitlines()[0][:150]}; "
+                 "start a new --out_dir")  # fmt: skip
     compiled = cfg.compile and try_compile(model, cfg, accelerator)
 
     # -- say what is about to happen -----------------------------------------------------------
@@ -558,6 +565,7 @@ def train(cfg, accelerator, out_dir, stop):
     bar.close()
     tell(f"{'stopped' if stop.signum else 'done'} at iteration {it}: {out_dir}"
          + (f", {skipped} update(s) skipped" if skipped else ""))  # fmt: skip
+    accelerator.wait_for_everyone()  # the first process may still be drawing
     accelerator.end_training()
 
 

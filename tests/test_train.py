@@ -239,6 +239,29 @@ def test_two_processes_train_what_one_trains(config, tmp_path):
     assert np.allclose(np.array(seen), np.array(expected), atol=1e-5)
 
 
+@pytest.mark.slow
+def test_fsdp_trains_what_one_process_trains(config, tmp_path):
+    """Would catch a head that FSDP has parted from the embedding, an optimizer state that is not
+    saved, and a checkpoint of which each process holds a part."""
+    one = config(batch_size=8, save_interval=4)
+    two = replace(one, out_dir=str(tmp_path / "two"), batch_size=4, sample_tokens=3)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    launch += [str(ROOT / "config/accelerate/fsdp.yaml"), "--main_process_port", "0"]
+    train.main(one)
+    for cfg in (two, replace(two, resume=True)):
+        done = run(cfg, *launch)
+        assert done.returncode == 0, done.stderr
+        numbers = [[(r["loss"], r["lr"], r["grad_norm"]) for r in log(c)[1:]] for c in (one, two)]
+        assert np.allclose(*np.array(numbers, float), atol=1e-5)
+        if not cfg.resume:
+            whole = weights(cfg)
+            runtime.remove(newest(two))
+    assert same_weights(whole, weights(two))
+    sample = [sys.executable, str(ROOT / "sample.py"), f"--out_dir={two.out_dir}", "--start=def"]
+    assert subprocess.run(sample, capture_output=True, check=True).stdout.count(b"def")
+    assert "--optimizer=adamw" in run(replace(two, optimizer="muon"), *launch).stderr
+
+
 def test_shards_are_read_as_one_data_set(config, data_dir, tmp_path):
     """Would catch windows that end at a shard's border or a checkpoint without its tokenizer."""
     whole = config(save_interval=4)
