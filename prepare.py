@@ -562,7 +562,8 @@ def build(cfg, folder, i, n):
             fail(f"the {split} split has {tokens} token(s), too few to predict one; give more "
                  f"text or another --val_fraction (now {cfg.val_fraction})")  # fmt: skip
     if tokenizer.name == "tokenizer.json":
-        tokenizer.engine.save(str(folder / ".tmp-tokenizer.json"))
+        text = tokenizer.engine.to_str(pretty=True)
+        (folder / ".tmp-tokenizer.json").write_text(text, encoding="utf-8")
     (folder / ".tmp-meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
     (folder / "meta.json").unlink(missing_ok=True)  # without it nothing counts as prepared
     (folder / "tokenizer.json").unlink(missing_ok=True)

@@ -164,11 +164,16 @@ def disk_errors(folder):
 
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises RuntimeError
+    except Exception as error:  # torch.save raises RuntimeError, tokenizers plain Exceptions
+        known = isinstance(error, (OSError, RuntimeError, SafetensorError))
+        if not known and "os error" not in str(error):
+            raise
         for leftover in Path(folder).glob(".tmp-*"):
             with contextlib.suppress(OSError):
                 remove(leftover)
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        if "inline_container" in reason or "iostream" in reason:  # torch.save of a full disk
+            reason = "No space left on device"
         fail(f"cannot write into {folder}: {reason}; what was saved there before is whole")
 
 

@@ -466,9 +466,9 @@ def train(cfg, accelerator, out_dir, stop):
     if main_process:
         with disk_errors(out_dir):
             (out_dir / "config.json").write_text(json.dumps(asdict(cfg), indent=2), "utf-8")
-            write_row = open_log(out_dir / "log.csv", keep_until=it if checkpoint else -1)
-            if checkpoint:
-                trim_samples(out_dir / "samples.md", it)
+            known = it if checkpoint else -1
+            write_row = open_log(out_dir / "log.csv", keep_until=known)
+            trim_samples(out_dir / "samples.md", known)
     with disk_errors(out_dir):  # trackers take no None
         settings = {k: "None" if v is None else v for k, v in asdict(cfg).items()}
         accelerator.init_trackers(out_dir.name, settings)  # no tracker: nothing happens
@@ -506,7 +506,8 @@ def train(cfg, accelerator, out_dir, stop):
             if main_process:
                 for old in checkpoints(out_dir)[cfg.keep_checkpoints :]:
                     remove(old)
-                plot_log(out_dir / "log.csv", out_dir / "loss.png")
+                with disk_errors(out_dir):
+                    plot_log(out_dir / "log.csv", out_dir / "loss.png")
         if last or stop.signum:
             break
 

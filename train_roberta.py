@@ -331,6 +331,11 @@ class Trainer(transformers.Trainer):
 
     def _save_checkpoint(self, model, trial):
         """Write into a folder beside it, which gets the name checkpoint-STEP once it is whole."""
+        with runtime.disk_errors(self.args.output_dir):
+            self._write_checkpoint()
+        self.accelerator.wait_for_everyone()
+
+    def _write_checkpoint(self):
         final = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
         beside = final.with_name(f".tmp-{final.name}")
         self.save_model(str(beside), _internal_call=True)
@@ -344,7 +349,6 @@ class Trainer(transformers.Trainer):
             runtime.seal_folder(beside, final)
             for old in runtime.checkpoints(final.parent)[self.cfg.save_total_limit :]:
                 runtime.remove(old)
-        self.accelerator.wait_for_everyone()
 
 
 class Diary(transformers.TrainerCallback):
@@ -357,7 +361,8 @@ class Diary(transformers.TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.first, self.folder = state.is_world_process_zero, Path(args.output_dir)
         if self.first:
-            self.write = runtime.open_log(self.folder / "log.csv", COLUMNS, state.global_step)
+            with runtime.disk_errors(self.folder):
+                self.write = runtime.open_log(self.folder / "log.csv", COLUMNS, state.global_step)
         steps = {"total": state.max_steps, "initial": state.global_step}
         self.bar = tqdm(**steps, disable=None if self.first else True)  # None: if no terminal
         self.say = say if self.bar.disable else self.bar.write
@@ -394,12 +399,14 @@ class Diary(transformers.TrainerCallback):
             say(f"step {state.global_step}/{state.max_steps}: loss {logs['loss']:.4f}, "
                 f"lr {self.rate:.2e}, {speed:,.0f} tokens/s")  # fmt: skip
         if not control.should_evaluate:  # else the row waits for on_evaluate
-            self.write(self.row)
+            with runtime.disk_errors(self.folder):
+                self.write(self.row)
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
         if self.first:
-            self.write({**self.row, **{k: v for k, v in metrics.items() if k in COLUMNS}})
-            runtime.plot_log(self.folder / "log.csv", self.folder / "loss.png")
+            with runtime.disk_errors(self.folder):
+                self.write({**self.row, **{k: v for k, v in metrics.items() if k in COLUMNS}})
+                runtime.plot_log(self.folder / "log.csv", self.folder / "loss.png")
             self.say(f"step {state.global_step}: " + "; ".join(
                 f"{name} loss {metrics[f'{name}_loss']:.4f}, perplexity "
                 f"{math.exp(min(metrics[f'{name}_loss'], 700)):.2f}, masked accuracy "
@@ -486,10 +493,11 @@ def run(cfg, accelerator, lines, stop):
     # ---- where to start, tokenizer: the first process acts, the others wait for it
     tokenizer, start = cfg.tokenizer and open_tokenizer(cfg.tokenizer, cfg), [None]
     if first:
-        start = [choose_start(cfg)]
-        (out_dir / "run.json").write_text(json.dumps(asdict(cfg), indent=2) + "\n")
-        if not start[0] and not tokenizer:
-            train_tokenizer(lines, cfg.vocab_size, out_dir)
+        with runtime.disk_errors(out_dir):
+            start = [choose_start(cfg)]
+            (out_dir / "run.json").write_text(json.dumps(asdict(cfg), indent=2) + "\n")
+            if not start[0] and not tokenizer:
+                train_tokenizer(lines, cfg.vocab_size, out_dir)
     start = broadcast_object_list(start)[0]
     if start or not tokenizer:
         tokenizer = open_tokenizer(start or out_dir, cfg)
@@ -543,13 +551,15 @@ def run(cfg, accelerator, lines, stop):
         raise SystemExit(128 + diary.signum)
 
     # ---- the finished model becomes out_dir's own, file by file, and answers a first question
-    trainer.save_model(str(out_dir / ".tmp-final"))
+    with runtime.disk_errors(out_dir):
+        trainer.save_model(str(out_dir / ".tmp-final"))
+        if first:
+            tokenizer.backend_tokenizer.model.save(str(out_dir / ".tmp-final"))  # vocab, merges
+            (out_dir / ".tmp-final/training_args.bin").unlink()
+            for path in (out_dir / ".tmp-final").iterdir():
+                path.replace(out_dir / path.name)
+            (out_dir / ".tmp-final").rmdir()
     if first:
-        tokenizer.backend_tokenizer.model.save(str(out_dir / ".tmp-final"))  # vocab, merges
-        (out_dir / ".tmp-final/training_args.bin").unlink()
-        for path in (out_dir / ".tmp-final").iterdir():
-            path.replace(out_dir / path.name)
-        (out_dir / ".tmp-final").rmdir()
         fill_mask(f"Human thinking involves human {tokenizer.mask_token}.", out_dir)
     accelerator.wait_for_everyone()
 

@@ -1,4 +1,5 @@
-"""What a long run is trusted with: kill it, poison it, run it long. Prints what was lost.
+"""What a long run is trusted with: kill it, fill its disk, poison it, run it long. Prints what was
+lost.
 
 python tests/stress.py           # the short form that CI runs, about 2 minutes on 2 CPU cores
 python tests/stress.py --long    # 30 kills, 20,000 iterations
@@ -8,6 +9,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -96,6 +98,44 @@ def killed(folder, kills, seed=0):
     return f"{hits} kills, {half_written} inside a save, {iterations} iterations", "nothing"
 
 
+FULL_DISK = """
+mount -t tmpfs -o size=$1k tmpfs out/disk || exit 99
+shift
+"$@"
+echo "first exit $?"
+if ls -d out/disk/run/checkpoint-* > /dev/null 2>&1; then again=--resume=True; fi
+mount -o remount,size=100m out/disk
+"$@" $again || exit 1
+mv out/disk/run out/was-full
+"""
+
+
+def full_disk(folder, sizes):
+    """Runs on a disk of so many kB, then, when it has grown, the same again: each must say in one
+    line what happened, and end as a run that always had room."""
+    options = [*RUN, "--max_iters=20", "--eval_interval=5", "--save_interval=5"]
+    train = [sys.executable, str(ROOT / "train.py"), *options]
+    (folder / "out" / "disk").mkdir(parents=True, exist_ok=True)
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        return f"{len(sizes)} disks", "not tried: no user namespaces here"
+    room = [*train, "--out_dir=out/room"]
+    subprocess.run(room, cwd=folder, env=ENV, check=True, capture_output=True)
+    expected, went_on = outcome(folder / "out" / "room"), 0
+    for size in sizes:
+        shutil.rmtree(folder / "out" / "was-full", ignore_errors=True)
+        disk = ["unshare", "-rm", "bash", "-c", FULL_DISK, "bash", str(size)]
+        done = subprocess.run([*disk, *train, "--out_dir=out/disk/run"], cwd=folder, env=ENV,
+                              capture_output=True, text=True)  # fmt: skip
+        errors = [line for line in done.stderr.splitlines() if "rror" in line]
+        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+        assert "first exit 1" in done.stdout and len(errors) == 1, (size, errors)
+        assert "cannot write into out/disk/run" in errors[0], errors
+        one, other = expected, outcome(folder / "out" / "was-full")
+        assert all(torch.equal(one[0][k], other[0][k]) for k in one[0]) and one[1:] == other[1:]
+        went_on += "resuming from" in done.stdout
+    return f"{len(sizes)} disks, {went_on} runs resumed from a checkpoint", "nothing"
+
+
 def poisoned(folder):
     """A pickle that would run code, in the place of every file of a checkpoint."""
     options = [*RUN, "--max_iters=4", "--eval_interval=0", "--out_dir=out/poison"]
@@ -171,6 +211,7 @@ def main(is_long):
         make_data(folder)
         trials = {
             "kill -9 at random moments": lambda: killed(folder, 30 if is_long else 4),
+            "full disks": lambda: full_disk(folder, range(50, 900, 50) if is_long else (350, 650)),
             "malicious pickles in a checkpoint": lambda: poisoned(folder),
             "a long run": lambda: long(folder, 20_000 if is_long else 1000),
         }

@@ -329,7 +329,8 @@ def test_stopped_and_resumed_equals_uninterrupted(recipe, whole, tmp_path, capsy
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_exits_143(recipe, whole, tmp_path):
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_the_run_goes_on(recipe, whole, tmp_path, number, code):
     """Work since the last epoch lost on a machine that is taken away."""
     options = [f"--{name}={getattr(recipe, name)}" for name in (
         "model", "train_file", "validation_file", "lr", "epochs", "log_interval",
@@ -338,8 +339,8 @@ def test_sigterm_saves_and_exits_143(recipe, whole, tmp_path):
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             if line.startswith("update 2/"):
-                process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 143
+                process.send_signal(number)
+        assert process.wait(60) == code
     (saved,) = [p for p in runtime.checkpoints(tmp_path) if not int(p.name[-6:]) % 11 == 0]
     assert runtime.damage(saved) is None
     main(replace(recipe, out_dir=str(tmp_path), resume=True))

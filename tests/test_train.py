@@ -305,6 +305,23 @@ def test_a_signal_saves_and_the_run_goes_on(config, tmp_path, number, code):
     assert same_weights(weights(whole), weights(more))
 
 
+def test_a_second_signal_stops_at_once(config):
+    """Would catch a run that cannot be stopped while an update hangs."""
+    cfg = config(max_iters=100, eval_interval=0)
+    hang = (
+        "plain = train.lr_at; train.lr_at = lambda t, *r: (t == 3 and sleep(600)) or plain(t, *r)"
+    )
+    script = f"import sys, train; from time import sleep; {hang}; train.main({cfg!r})"
+    script = script.replace("Config(", "train.Config(").replace("train.train.", "train.")
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)}) as child:  # fmt: skip
+        for line in child.stdout:
+            if line.startswith(("iteration 3:", "SIGINT: saving")):
+                child.send_signal(signal.SIGINT)
+        assert child.wait(60) == -signal.SIGINT
+    assert not runtime.checkpoints(cfg.out_dir)
+
+
 def poison(monkeypatch, bad):
     """Make the gradient NaN in the updates (from 0) for which bad(update) is true."""
     plain, update = train.windows_of, [0]

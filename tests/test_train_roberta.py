@@ -256,8 +256,9 @@ def test_refusals(text, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_resumes(text, tmp_path):
-    """A stopped run ends with 143, a whole checkpoint, and goes on from it."""
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_the_run_goes_on(text, tmp_path, number, code):
+    """A stopped run ends with 130 or 143, a whole checkpoint, and goes on from it."""
     cfg = config(text, tmp_path, max_steps=100_000)
     with open(tmp_path / "said.txt", "w") as said:
         run = subprocess.Popen(command(cfg), stdout=said, stderr=said)
@@ -265,8 +266,8 @@ def test_sigterm_saves_and_resumes(text, tmp_path):
         time.sleep(0.1)
         if "step 3/" in (tmp_path / "said.txt").read_text() or run.poll() is not None:
             break
-    run.send_signal(signal.SIGTERM)
-    assert run.wait(timeout=60) == 143, (tmp_path / "said.txt").read_text()
+    run.send_signal(number)
+    assert run.wait(timeout=60) == code, (tmp_path / "said.txt").read_text()
     (checkpoint,) = runtime.checkpoints(tmp_path)
     step = int(checkpoint.name[11:])
     assert runtime.damage(checkpoint) is None and not (tmp_path / "model.safetensors").exists()
