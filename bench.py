@@ -24,7 +24,9 @@ What was tried for speed (2 cores, AVX512-BF16), and what was seen:
 """
 
 import json
+import math
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -113,6 +115,61 @@ def training(ours):
         yield idx.numel()
 
 
+def loading():
+    """Tokens of batches of 2 x 256, read by train.py from a file of 100 million, with iterations
+    past 10 million, as a resumed run starts with."""
+    import numpy as np
+
+    import train
+
+    with tempfile.TemporaryDirectory() as folder:
+        np.save(f"{folder}/train.npy", np.arange(10**8, dtype=np.uint16))
+        tokens, it = np.load(f"{folder}/train.npy", mmap_mode="r"), 10**7
+        n = train.n_windows(tokens, 256)
+        while True:
+            for _ in range(100):
+                it += 1
+                rows = train.windows_of(it, 2, n, 1337)
+                train.read_windows(tokens, rows, 256, 2**16, torch.device("cpu"))
+            yield 100 * 2 * 256
+
+
+def starting(ours, text):
+    """1 for each process that has come to its first update of an 86M model, imports included."""
+    with tempfile.TemporaryDirectory() as folder:
+        text = text or prepare.__file__
+        prepare.main(prepare.Config("start", str(text), "char", data_dir=folder))
+        script = ["-c", "import bench; next(bench.training(False)); print('iteration 1:')"]
+        if ours:
+            script = ["train.py", "--dataset=start", f"--data_dir={folder}", "--log_interval=1",
+                      "--n_layer=12", "--n_head=12", "--n_embd=768", "--batch_size=2",
+                      "--eval_interval=0", "--optimizer=adamw"]  # fmt: skip
+        yield 0
+        while True:
+            out = [f"--out_dir={tempfile.mkdtemp(dir=folder)}"] if ours else []
+            until([sys.executable, *script, *out], "iteration 1:")
+            yield 1
+
+
+def until(command, start, processes=1):
+    """Run a command till it prints a line that begins with `start`, and kill it. Returns (the line,
+    resident bytes of all of its processes then)."""
+    import psutil
+
+    threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // processes))}
+    env = {**os.environ, **(threads if processes > 1 else {})}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                          cwd=Path(__file__).parent, env=env) as child:  # fmt: skip
+        found = next((line for line in child.stdout if line.startswith(start)), None)
+        if not found:
+            fail(f"bench: {' '.join(map(str, command))} ended: {child.stderr.read()[-500:]}")
+        family = [psutil.Process(child.pid), *psutil.Process(child.pid).children(recursive=True)]
+        memory = sum(process.memory_info().rss for process in family)
+        for process in family:
+            process.kill()
+    return found, memory
+
+
 def decoding(kind, batch_size=1, tokens=200):
     """Tokens decoded greedily by random GPT-2 124M weights after a prompt of 8."""
     torch.manual_seed(1)
@@ -158,11 +215,16 @@ def to_ctranslate2(model, compute_type):
                                      intra_threads=threads)  # fmt: skip
 
 
+def whole_text(path):
+    """The text of a file, or of the standard library."""
+    files = prepare.source_files(path or "stdlib", ".")
+    return "".join(Path(file).read_text(encoding="utf-8") for file in files)
+
+
 def tokenizing(ours, text):
     """Bytes of text turned into GPT-2 tokens: prepare.py end to end, or tiktoken alone on pieces of
     1 MB in memory, on all cores."""
-    files = [Path(text)] if text else prepare.source_files("stdlib", ".")
-    content = "".join(piece for f in files for piece in prepare.read_pieces(f))
+    content = whole_text(text)
     content *= 1 + 10**8 // len(content)
     if not ours:
         encoding = prepare.open_tiktoken("gpt2").engine
@@ -275,12 +337,175 @@ def finetuning(ours):
         epoch += 1
 
 
+def command(name, text):
+    """3,600 for each time that a whole command has run from start to end: train.py with a recipe,
+    or the plain script of the same work below, on a text prepared first."""
+    recipe = name.removeprefix("plain_")
+    with tempfile.TemporaryDirectory() as folder:
+        if recipe == "char":
+            content = whole_text(text)[:1_100_000]  # as long as nanoGPT's
+            text = Path(folder, "text.txt")
+            text.write_text(content, encoding="utf-8")
+        elif not text:
+            fail("bench.py verdict needs the story: --text=the-verdict.txt")
+        tokenizer = "char" if recipe == "char" else "gpt2"
+        prepare.main(prepare.Config(recipe, str(text), tokenizer, data_dir=folder))
+        script = ["-c", f"import bench; bench.{name}({folder + '/' + recipe!r})"]
+        if name == recipe:
+            root = Path(__file__).parent
+            script = [root / "train.py", root / f"config/{name}.py", f"--data_dir={folder}"]
+        yield 0  # all of the work is in the turns
+        while True:
+            out = [f"--out_dir={tempfile.mkdtemp(dir=folder)}"] if name == recipe else []
+            child = subprocess.Popen([sys.executable, *script, *out], stdout=subprocess.PIPE,
+                                     text=True, cwd=Path(__file__).parent)  # fmt: skip
+            said = child.stdout.read()
+            peak = os.wait4(child.pid, 0)[2].ru_maxrss / 2**20
+            losses = re.findall(r"train loss ([\d.]+).*?val loss ([\d.]+)", said)
+            yield 3600, "train {}, val {}, {:.2f} GB".format(*losses[-1], peak)
+
+
+def plain_char(folder):
+    """nanoGPT's loop on a CPU with transformers' GPT-2: 2,000 iterations of 12 x 64 at random
+    places, AdamW, warm-up and cosine, fp32, 20 batches of each split every 250."""
+    import numpy as np
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    data = {s: np.load(f"{folder}/{s}.npy").astype(np.int64) for s in ("train", "val")}
+    torch.manual_seed(1337)
+    model = GPT2LMHeadModel(GPT2Config(
+        vocab_size=int(data["train"].max()) + 1, n_positions=64, n_embd=128, n_layer=4, n_head=4,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))  # fmt: skip
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.1)
+
+    def loss_of(split, places):
+        rows = np.stack([data[split][i : i + 65] for i in places])
+        idx, targets = torch.from_numpy(rows[:, :-1]), torch.from_numpy(rows[:, 1:])
+        logits = model(idx).logits
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    def at_random(split):
+        return loss_of(split, np.random.randint(0, len(data[split]) - 65, 12))
+
+    for it in range(2000):
+        if it % 250 == 0:
+            with torch.no_grad():
+                _ = [at_random(split).item() for split in data for _ in range(20)]
+        lr = 1e-3 * it / 100 if it < 100 else 1e-4 + 9e-4 / 2 * (
+            1 + math.cos(math.pi * (it - 100) / 1900))  # fmt: skip
+        optimizer.param_groups[0]["lr"] = lr
+        loss = at_random("train")
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    print_losses(loss_of, data, 64)
+
+
+def plain_verdict(folder):
+    """The book's script (chapter 5) in plain PyTorch, fp32: 10 epochs of 9 batches of 2 x 256, five
+    batches of each split every 5 updates, 50 tokens without a cache after each epoch."""
+    import numpy as np
+
+    data = {s: np.load(f"{folder}/{s}.npy").astype(np.int64) for s in ("train", "val")}
+    torch.manual_seed(123)
+    model = Plain(50257, 256, 768, 12, 12, 0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-4, weight_decay=0.1)
+
+    def loss_of(split, places):
+        rows = np.stack([data[split][i : i + 257] for i in places])
+        idx, targets = torch.from_numpy(rows[:, :-1]), torch.from_numpy(rows[:, 1:])
+        return torch.nn.functional.cross_entropy(model(idx).flatten(0, 1), targets.flatten())
+
+    for it in range(90):
+        if it % 9 == 0:
+            order = torch.randperm(18).view(9, 2)
+        optimizer.zero_grad()
+        loss_of("train", (order[it % 9] * 256).tolist()).backward()
+        optimizer.step()
+        if it % 5 == 0:
+            model.eval()
+            with torch.no_grad():
+                _ = [loss_of(s, [512 * i, 512 * i + 256]).item() for s, n in
+                     (("train", 5), ("val", 1)) for i in range(n)]  # fmt: skip
+            model.train()
+        if it % 9 == 8:
+            model.eval()
+            idx = torch.tensor([[6109, 3626, 6100, 345]])  # Every effort moves you
+            with torch.no_grad():
+                for _ in range(50):
+                    idx = torch.cat([idx, model(idx[:, -256:])[:, -1].argmax(-1, True)], dim=1)
+            model.train()
+    model.eval()
+    print_losses(loss_of, data, 256)
+
+
+@torch.no_grad()
+def print_losses(loss_of, data, T):
+    """The losses over all windows of the validation split and as many of the training split."""
+    n = (len(data["val"]) - 1) // T
+    losses = []
+    for split in ("train", "val"):
+        windows = [i * T for i in range(n)]
+        parts = [windows[i : i + 12] for i in range(0, n, 12)]
+        losses.append(sum(loss_of(split, part).item() * len(part) for part in parts) / n)
+    print("train loss {:.3f} | val loss {:.3f}".format(*losses))
+
+
+class Plain(torch.nn.Module):
+    """The book's GPT (chapter 4) in the plainest PyTorch: three projections, own LayerNorm and
+    GELU, a mask that is filled in, an untied head."""
+
+    def __init__(self, V, T, C, layers, heads, p):
+        super().__init__()
+        self.T, self.C, self.heads, self.p = T, C, heads, p
+        nn = torch.nn
+        self.wte, self.wpe, self.head = (
+            nn.Embedding(V, C),
+            nn.Embedding(T, C),
+            nn.Linear(C, V, False),
+        )
+        self.blocks = nn.ModuleList(nn.ModuleDict({
+            "q": nn.Linear(C, C, False), "k": nn.Linear(C, C, False), "v": nn.Linear(C, C, False),
+            "out": nn.Linear(C, C), "up": nn.Linear(C, 4 * C), "down": nn.Linear(4 * C, C),
+        }) for _ in range(layers))  # fmt: skip
+        self.scale = nn.Parameter(torch.ones(2 * layers + 1, C))
+        self.shift = nn.Parameter(torch.zeros(2 * layers + 1, C))
+        self.register_buffer("future", torch.triu(torch.ones(T, T), 1).bool())
+
+    def norm(self, x, i):
+        mean, variance = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, unbiased=False)
+        return self.scale[i] * ((x - mean) / torch.sqrt(variance + 1e-5)) + self.shift[i]
+
+    def drop(self, x):
+        return torch.nn.functional.dropout(x, self.p, self.training)
+
+    def forward(self, idx):
+        """idx (B, T) -> logits (B, T, V)"""
+        (B, T), heads = idx.shape, self.heads
+        x = self.drop(self.wte(idx) + self.wpe(torch.arange(T)))
+        for i, block in enumerate(self.blocks):
+            y = self.norm(x, 2 * i)
+            q, k, v = (block[n](y).view(B, T, heads, -1).transpose(1, 2) for n in "qkv")
+            scores = (q @ k.mT).masked_fill(self.future[:T, :T], -torch.inf)
+            weights = self.drop(torch.softmax(scores / k.size(-1) ** 0.5, -1))
+            x = x + self.drop(block["out"]((weights @ v).transpose(1, 2).reshape(B, T, self.C)))
+            y = block["up"](self.norm(x, 2 * i + 1))
+            y = 0.5 * y * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (y + 0.044715 * y**3)))  # GELU
+            x = x + self.drop(block["down"](y))
+        return self.head(self.norm(x, -1))
+
+
 def sides(what, cfg):
     """{row: [(name, generator, its arguments), ...]}, ours first, the peer second."""
     table = {
         "train": {
             "train 124M, 2 x 256, dropout 0.1 (tokens/s)": [
                 ("ours", training, True), ("transformers, plain fp32 loop", training, False)],
+            "first update of 86M (starts/s)": [
+                ("ours", starting, True, cfg.text), ("the plain loop", starting, False, cfg.text)],
+            "reading data against training (tokens/s)": [
+                ("reading", loading), ("training", training, True)],
         },
         "sample": {
             "decode 124M, batch 1, fp32 (tokens/s)": [
@@ -306,10 +531,20 @@ def sides(what, cfg):
             "fine-tune 22M, 8 pairs an update (pairs/s)": [
                 ("ours", finetuning, True), ("plain fp32 loop", finetuning, False)],
         },
+        "char": {
+            "character GPT 0.8M, whole command (runs/h)": [
+                ("train.py config/char.py", command, "char", cfg.text),
+                ("nanoGPT's loop with transformers", command, "plain_char", cfg.text)],
+        },
+        "verdict": {
+            "The Verdict, whole command (runs/h)": [
+                ("train.py config/verdict.py", command, "verdict", cfg.text),
+                ("the book's script", command, "plain_verdict", cfg.text)],
+        },
     }  # fmt: skip
-    return {
-        row: pair for k, rows in table.items() if what in (k, "all") for row, pair in rows.items()
-    }
+    long = ("char", "verdict")
+    wanted = [k for k in table if k == what or (what == "all" and k not in long)]
+    return {row: pair for k in wanted for row, pair in table[k].items()}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -317,7 +552,7 @@ def sides(what, cfg):
 
 
 def serve(side, cfg):
-    """Child: set a side up, then do a turn for each line on stdin and answer amount, seconds."""
+    """Child: set a side up, then do a turn for each line on stdin and answer (rate, note)."""
     name, *arguments = json.loads(side)
     turns = globals()[name](*arguments)
     with open(1, "w", closefd=False) as answers, open(os.devnull, "w") as quiet:
@@ -325,11 +560,14 @@ def serve(side, cfg):
         next(turns)
         for _ in sys.stdin:
             began = time.perf_counter()
-            print(json.dumps([next(turns), time.perf_counter() - began]), file=answers, flush=True)
+            done = next(turns)
+            amount, note = done if isinstance(done, tuple) else (done, "")
+            answer = amount / (time.perf_counter() - began), note
+            print(json.dumps(answer), file=answers, flush=True)
 
 
 def take_turns(pair, rounds):
-    """[(name, generator, arguments), ...] -> for each the list of its rates, in turns."""
+    """[(name, generator, arguments), ...] -> for each the list of its rates and its last note."""
     children = []
     for _, function, *arguments in pair:
         side = json.dumps([function.__name__, *arguments])
@@ -337,20 +575,20 @@ def take_turns(pair, rounds):
         children.append(
             subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         )
-    rates = [[] for _ in children]
+    rates, notes = [[] for _ in children], [""] * len(children)
     for _ in range(rounds):
-        for child, mine in zip(children, rates, strict=True):
+        for i, child in enumerate(children):
             child.stdin.write("go\n")
             child.stdin.flush()
             answer = child.stdout.readline()
             if not answer:
                 fail(f"bench: {child.args[-1]} ended; run it alone to see why")
-            amount, seconds = json.loads(answer)
-            mine.append(amount / seconds)
+            rate, notes[i] = json.loads(answer)
+            rates[i].append(rate)
     for child in children:
         child.stdin.close()
         child.wait()
-    return rates
+    return rates, notes
 
 
 def limits(rounds):
@@ -370,16 +608,76 @@ def limits(rounds):
     return measured
 
 
+def scale(cfg):
+    """Speed and memory of train.py against the size of its work: a table, and bench.png."""
+    from matplotlib.figure import Figure
+
+    base = {"n_layer": 6, "n_head": 6, "n_embd": 384, "batch_size": 8, "block_size": 256}
+    shapes = [(4, 4, 128), (6, 6, 384), (8, 8, 512), (12, 12, 768), (24, 16, 1024)]
+    sweeps = {
+        "parameters": [dict(zip(("n_layer", "n_head", "n_embd"), s, strict=True)) for s in shapes],
+        "block_size": [{"block_size": 2048 // b, "batch_size": b} for b in (16, 8, 4, 2, 1)],
+        "batch_size": [{"batch_size": b} for b in (1, 2, 4, 8, 16, 32)],
+        "processes": [{}, {"processes": 2, "batch_size": 4}],
+    }  # fmt: skip
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    result, axes = [], figure.subplots(2, len(sweeps), sharex="col", sharey="row")
+    print("| against | parameters | batch x block x processes | tokens/s | GB |")
+    print("|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        text = cfg.text or "stdlib"
+        prepare.main(prepare.Config("scale", text, vocab_size=4096, data_dir=folder))
+        for column, (name, changes) in zip(axes.T, sweeps.items(), strict=True):
+            points = []
+            for change in changes:
+                work = base | change
+                processes = work.pop("processes", 1)
+                launch = [sys.executable, *["-m", "torch.distributed.run", "--nproc_per_node", "2"]]
+                options = [f"--{k}={v}" for k, v in work.items()]
+                options += [f"--data_dir={folder}", f"--out_dir={tempfile.mkdtemp(dir=folder)}"]
+                line, memory = until(
+                    [*launch[: 1 if processes == 1 else None], "train.py", "--dataset=scale",
+                     "--eval_interval=0", "--log_interval=3", "--optimizer=adamw", *options],
+                    "iteration 6:", processes)  # fmt: skip
+                speed = float(line.split()[-2].replace(",", ""))
+                model = GPT(GPTConfig(work["block_size"], 4096, *[work[k] for k in (
+                    "n_layer", "n_head", "n_embd")]))  # fmt: skip
+                N = model.count_parameters()
+                x = {"parameters": N, "processes": processes}.get(name) or work[name]
+                points.append((x, speed, memory / 1e9))
+                print(f"| {name} | {N / 1e6:.0f}M | {work['batch_size']} x {work['block_size']} x "
+                      f"{processes} | {speed:,.0f} | {memory / 1e9:.2f} |", flush=True)  # fmt: skip
+            xs, *ys = zip(*points, strict=True)
+            for cell, y in zip(column, ys, strict=True):
+                cell.plot(xs, y, marker="o")
+                cell.set_yscale("log")
+                cell.grid(alpha=0.3, which="both")
+                if name != "processes":
+                    cell.set_xscale("log", base=10 if name == "parameters" else 2)
+            column[1].set_xlabel(name)
+            result.append({"against": name, "points": points})
+    axes[0][0].set_ylabel("tokens per second")
+    axes[1][0].set_ylabel("memory (GB)")
+    figure.suptitle(
+        "train.py, 2,048 tokens an update but for batch_size; 11M parameters but for the first"
+    )
+    figure.savefig("bench.png", dpi=110)
+    print("wrote bench.png")
+    return result
+
+
 def main(cfg, what="all"):
     """Print the limits and a table of medians, spreads and ratios; write it as JSON where asked."""
     if cfg.side:
         return serve(cfg.side, cfg)
+    if what == "scale":
+        return scale(cfg)
     result = {"limits": limits(cfg.rounds), "rows": []}
     for name, rate in result["limits"].items():
         print(f"{name}: {rate:,.0f}")
     print(f"{'work':44} {'ours':>12} {'peer':>12} {'ratio':>6}  spread, peer")
     for row, pair in sides(what, cfg).items():
-        ours, peer = take_turns(pair, cfg.rounds)
+        (ours, peer), notes = take_turns(pair, cfg.rounds)
         medians = [statistics.median(rates) for rates in (ours, peer)]
         ratios = sorted(a / b for a, b in zip(ours, peer, strict=True))
         ratio = medians[0] / medians[1]

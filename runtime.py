@@ -7,6 +7,7 @@ absent, log.csv and loss.png. Nothing in here knows about models or text.
 import contextlib
 import csv
 import ctypes
+import gc
 import hashlib
 import math
 import os
@@ -327,3 +328,4 @@ def plot_log(log_path, png_path, panel="perplexity", unit="token"):
     beside = Path(png_path).with_name(".tmp-" + Path(png_path).name)
     figure.savefig(beside, dpi=110, format="png")
     beside.replace(png_path)
+    gc.collect()  # a Figure is a cycle of megabytes, found late otherwise

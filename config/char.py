@@ -1,0 +1,22 @@
+# nanoGPT's laptop model, 0.8M parameters on single characters, for any text of about a megabyte:
+#     python prepare.py --dataset=char --source=input.txt --tokenizer=char
+#     python train.py config/char.py
+dataset = "char"
+
+block_size = 64
+n_layer = 4
+n_head = 4
+n_embd = 128
+bias = False
+
+batch_size = 12
+max_iters = 700
+optimizer = "muon"
+learning_rate = 2e-2
+warmup_iters = 20
+grad_clip = 1.0
+
+eval_interval = 0  # only at the end
+eval_iters = 150
+log_interval = 100
+sample_start = "\n"
