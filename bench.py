@@ -4,6 +4,7 @@
     python bench.py sample --json FILE   # or train, prepare, mrpc, roberta
     python bench.py char                 # long: two whole commands in turns; verdict as well
     python bench.py scale                # speed and memory against size: bench.png
+    python bench.py quantize --run out/stdlib   # what int8 and bf16 weights cost in quality
 
 Each side is a process of its own (the allocator's setting holds for a process), set up and warmed
 before the clock starts; the sides take turns, A B A B, and their medians are compared. The
@@ -16,6 +17,7 @@ What was tried for speed (2 cores, AVX512-BF16), and what was seen:
 - a hand-written chunked loss: 507 to 430 tokens/s, 3.42 to 3.39 GB; not kept
 - decoding one row: PyTorch's matrix-vector product uses one core (16 GB/s of weights), the same
   with transposed weights 25, numpy's uses all cores, 48; numpy kept
+- mmap for blocks of 32 MB and more only: 610 to 530 tokens/s, 3.5 to 3.4 GB; not kept
 - huge pages for the weights: no difference; not kept
 - one random number a row and a search in the cumulated probabilities instead of multinomial, which
   draws one for each of 50,257 tokens: 482 to 793 tokens/s with 16 samples in bf16; kept
@@ -37,7 +39,8 @@ from pathlib import Path
 
 from configurator import fail, load
 
-WORK = ("train", "sample", "prepare", "mrpc", "roberta", "all", "char", "verdict", "scale")
+WORK = ("train", "sample", "prepare", "mrpc", "roberta", "all")
+WORK += ("char", "verdict", "scale", "quantize")
 
 
 @dataclass
@@ -47,6 +50,7 @@ class Config:
     json: str | None = None  # write the table there too
     rounds: int = 5  # turns of each side
     text: str | None = None  # text file for prepare, roberta and char; None: the stdlib preset
+    run: str = "out/stdlib"  # a run of train.py, for quantize
     side: str | None = None  # used by the parent process: serve one side's turns
 
 
@@ -54,6 +58,7 @@ if __name__ == "__main__":
     WHAT = sys.argv.pop(1) if sys.argv[1:] and sys.argv[1] in WORK else "all"
     CFG = load(Config)  # parse before the slow imports: --help answers at once
 
+import numpy as np
 import torch
 
 import prepare
@@ -118,8 +123,6 @@ def training(ours):
 def loading():
     """Tokens of batches of 2 x 256, read by train.py from a file of 100 million, with iterations
     past 10 million, as a resumed run starts with."""
-    import numpy as np
-
     import train
 
     with tempfile.TemporaryDirectory() as folder:
@@ -245,7 +248,6 @@ def pretraining(ours, text):
     """Tokens, padding not counted, of one update of KantaiBERT (84M at 52,000 tokens of vocabulary)
     on 64 lines: train_roberta.py's parts, or what transformers' Trainer does by default: fp32,
     lines padded to the longest, the vocabulary head over every position."""
-    import numpy as np
     import transformers
 
     import train_roberta
@@ -368,14 +370,14 @@ def command(name, text):
 def plain_char(folder):
     """nanoGPT's loop on a CPU with transformers' GPT-2: 2,000 iterations of 12 x 64 at random
     places, AdamW, warm-up and cosine, fp32, 20 batches of each split every 250."""
-    import numpy as np
     from transformers import GPT2Config, GPT2LMHeadModel
 
     data = {s: np.load(f"{folder}/{s}.npy").astype(np.int64) for s in ("train", "val")}
     torch.manual_seed(1337)
     model = GPT2LMHeadModel(GPT2Config(
         vocab_size=int(data["train"].max()) + 1, n_positions=64, n_embd=128, n_layer=4, n_head=4,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))  # fmt: skip
+        bos_token_id=None, eos_token_id=None, resid_pdrop=0.0, embd_pdrop=0.0,
+        attn_pdrop=0.0))  # fmt: skip
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.1)
 
     def loss_of(split, places):
@@ -405,8 +407,6 @@ def plain_char(folder):
 def plain_verdict(folder):
     """The book's script (chapter 5) in plain PyTorch, fp32: 10 epochs of 9 batches of 2 x 256, five
     batches of each split every 5 updates, 50 tokens without a cache after each epoch."""
-    import numpy as np
-
     data = {s: np.load(f"{folder}/{s}.npy").astype(np.int64) for s in ("train", "val")}
     torch.manual_seed(123)
     model = Plain(50257, 256, 768, 12, 12, 0.1)
@@ -497,11 +497,14 @@ class Plain(torch.nn.Module):
 
 
 def sides(what, cfg):
-    """{row: [(name, generator, its arguments), ...]}, ours first, the peer second."""
+    """{row: [(name, generator, its arguments), ...]}, ours first, the peer second; perhaps then
+    (a limit of the machine, how much of it one unit of the row costs at least)."""
+    update = 6 * 124e6 + 12 * 12 * 768 * 256  # FLOPs a token: matrices, attention
     table = {
         "train": {
             "train 124M, 2 x 256, dropout 0.1 (tokens/s)": [
-                ("ours", training, True), ("transformers, plain fp32 loop", training, False)],
+                ("ours", training, True), ("transformers, plain fp32 loop", training, False),
+                ("bf16 matrix product, GFLOP/s", update)],
             "first update of 86M (starts/s)": [
                 ("ours", starting, True, cfg.text), ("the plain loop", starting, False, cfg.text)],
             "reading data against training (tokens/s)": [
@@ -509,11 +512,13 @@ def sides(what, cfg):
         },
         "sample": {
             "decode 124M, batch 1, fp32 (tokens/s)": [
-                ("ours", decoding, "fp32"), ("ctranslate2", decoding, "ctranslate2")],
+                ("ours", decoding, "fp32"), ("ctranslate2", decoding, "ctranslate2"),
+                ("copy, GB/s read and written", 4 * 124e6)],
             "the same against transformers": [
                 ("ours", decoding, "fp32"), ("transformers", decoding, "transformers")],
             "decode 124M, batch 1, int8 (tokens/s)": [
-                ("ours", decoding, "int8"), ("ctranslate2 int8", decoding, "ctranslate2-int8")],
+                ("ours", decoding, "int8"), ("ctranslate2 int8", decoding, "ctranslate2-int8"),
+                ("copy, GB/s read and written", 124e6)],
             "decode 124M, bf16, 16 samples (tokens/s)": [
                 ("16 at once", decoding, "bf16", 16), ("one after another", decoding, "bf16")],
         },
@@ -558,6 +563,7 @@ def serve(side, cfg):
     with open(1, "w", closefd=False) as answers, open(os.devnull, "w") as quiet:
         sys.stdout = quiet  # what the peers print is not an answer
         next(turns)
+        print("ready", file=answers, flush=True)
         for _ in sys.stdin:
             began = time.perf_counter()
             done = next(turns)
@@ -575,6 +581,8 @@ def take_turns(pair, rounds):
         children.append(
             subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         )
+    for child in children:  # nobody's setting up disturbs another's turn
+        child.stdout.readline()
     rates, notes = [[] for _ in children], [""] * len(children)
     for _ in range(rounds):
         for i, child in enumerate(children):
@@ -666,24 +674,68 @@ def scale(cfg):
     return result
 
 
+@torch.no_grad()
+def quantize(cfg):
+    """Perplexity on the run's own validation split, and how often the likeliest next token is that
+    of the fp32 weights: given the text, and in 8 greedy continuations of 100 tokens."""
+    import train
+    from runtime import checkpoints
+
+    found = checkpoints(cfg.run)
+    if not found:
+        fail(f"{cfg.run} holds no checkpoint; train it first: python train.py")
+    plain = GPT.from_checkpoint(found[0]).eval()
+    trained = json.loads((found[0] / "config.json").read_text(encoding="utf-8"))["train"]
+    tokens = prepare.open_split(Path(trained["data_dir"], trained["dataset"]), "val")
+    T, V = plain.config.block_size, plain.config.vocab_size
+    windows = range(min(100, train.n_windows(tokens, T)))
+    result = []
+    print(
+        "| weights | val perplexity | same likeliest token | same greedy text |\n|---|---|---|---|"
+    )
+    for kind in ("fp32", "bf16", "int8"):
+        model = plain if kind == "fp32" else pack(plain, kind)
+        loss, likeliest = 0.0, []
+        for window in windows:
+            idx, targets = train.read_windows(tokens, np.array([window]), T, V, torch.device("cpu"))
+            logits = model(idx)[0][0].float()  # (T, V)
+            loss += torch.nn.functional.cross_entropy(logits, targets[0]).item() / len(windows)
+            likeliest.append(logits.argmax(-1))
+        prompts = [torch.from_numpy(tokens[i : i + 8].astype(np.int64))[None]
+                   for i in range(0, len(tokens) - 8, len(tokens) // 8)][:8]  # fmt: skip
+        texts = [model.generate(prompt, 100, temperature=0)[0, 8:] for prompt in prompts]
+        both = torch.cat(likeliest), torch.cat(texts)
+        if kind == "fp32":
+            first = both
+        same = [(a == b).float().mean().item() for a, b in zip(both, first, strict=True)]
+        print(f"| {kind} | {math.exp(loss):.3f} | {same[0]:.2%} | {same[1]:.2%} |", flush=True)
+        result.append({"weights": kind, "perplexity": math.exp(loss), "same": same})
+    return result
+
+
 def main(cfg, what="all"):
-    """Print the limits and a table of medians, spreads and ratios; write it as JSON where asked."""
+    """Print the machine's limits and a table: medians of both sides, their ratio, the share of the
+    limit that binds ours, the spread of the ratio over the rounds. Write it as JSON where asked."""
     if cfg.side:
         return serve(cfg.side, cfg)
-    if what == "scale":
-        return scale(cfg)
+    if what in ("scale", "quantize"):
+        return {"scale": scale, "quantize": quantize}[what](cfg)
     result = {"limits": limits(cfg.rounds), "rows": []}
     for name, rate in result["limits"].items():
         print(f"{name}: {rate:,.0f}")
-    print(f"{'work':44} {'ours':>12} {'peer':>12} {'ratio':>6}  spread, peer")
-    for row, pair in sides(what, cfg).items():
-        (ours, peer), notes = take_turns(pair, cfg.rounds)
+    print(f"{'work':46}{'ours':>13}{'peer':>11}{'ratio':>10}{'limit':>7}  spread; peer")
+    for row, (us, them, *bound) in sides(what, cfg).items():
+        (ours, peer), notes = take_turns([us, them], cfg.rounds)
         medians = [statistics.median(rates) for rates in (ours, peer)]
         ratios = sorted(a / b for a, b in zip(ours, peer, strict=True))
-        ratio = medians[0] / medians[1]
-        print(f"{row:44} {medians[0]:12,.1f} {medians[1]:12,.1f} {ratio:6.2f}  "
-              f"{ratios[0]:.2f}-{ratios[-1]:.2f}, {pair[1][0]}", flush=True)  # fmt: skip
-        result["rows"].append(dict(work=row, ours=ours, peer=peer, ratio=ratio, name=pair[1][0]))
+        ratio, share = medians[0] / medians[1], ""
+        for limit, cost in bound:
+            share = f"{medians[0] * cost / 1e9 / result['limits'][limit]:.0%}"
+        said = f"; ours: {notes[0]}; peer: {notes[1]}" if any(notes) else ""
+        print(f"{row:46}{medians[0]:13,.1f}{medians[1]:11,.1f}{ratio:10,.2f}{share:>7}  "
+              f"{ratios[0]:.2f}-{ratios[-1]:.2f}; {them[0]}{said}", flush=True)  # fmt: skip
+        result["rows"].append(dict(work=row, ours=ours, peer=peer, ratio=ratio, name=them[0],
+                                   share_of_limit=share, notes=notes))  # fmt: skip
     if cfg.json:
         Path(cfg.json).write_text(json.dumps(result, indent=2), encoding="utf-8")
 

@@ -60,7 +60,6 @@ import json
 import math
 import shutil
 import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -72,7 +71,6 @@ from accelerate.utils import broadcast_object_list
 from sklearn.metrics import accuracy_score, f1_score
 from sklearn.model_selection import train_test_split
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 
 import runtime
 from runtime import say
@@ -439,7 +437,7 @@ def train(cfg, accelerator, data, stop):
                 runtime.plot_log(out_dir / "log.csv", out_dir / "loss.png", panel, unit="pair")
 
     collate = transformers.DataCollatorWithPadding(tokenizer)
-    bar = tqdm(total=end, initial=state["step"], disable=not (main_process and sys.stderr.isatty()))
+    bar = runtime.progress_bar(end, state["step"], shown=main_process)
     batches, row, skipped, since, tokens_since = None, {}, 0, time.perf_counter(), state["tokens"]
     model.train()
     for step in range(state["step"], end):

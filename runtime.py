@@ -113,6 +113,14 @@ def say(*words):
         print(*words, flush=True)
 
 
+def progress_bar(total, done, shown=True):
+    """A tqdm bar on a terminal or in a notebook; elsewhere, or unless `shown`, a disabled one."""
+    from tqdm.auto import tqdm
+
+    visible = sys.stderr.isatty() or "ipykernel" in sys.modules
+    return tqdm(total=total, initial=done, unit="it", disable=not (shown and visible))
+
+
 class StopSignal:
     """Turns the first SIGINT or SIGTERM into a flag, so that the update in hand can end.
 

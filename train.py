@@ -80,7 +80,6 @@ import torch
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import save_file
-from tqdm.auto import tqdm
 
 import prepare
 from model import GPT, GPTConfig
@@ -94,6 +93,7 @@ from runtime import (
     make_accelerator,
     open_log,
     plot_log,
+    progress_bar,
     remove,
     say,
     seal_folder,
@@ -472,7 +472,7 @@ def train(cfg, accelerator, out_dir, stop):
     with disk_errors(out_dir):  # trackers take no None
         settings = {k: "None" if v is None else v for k, v in asdict(cfg).items()}
         accelerator.init_trackers(out_dir.name, settings)  # no tracker: nothing happens
-    bar = tqdm(total=max_iters, initial=it, unit="it", disable=None if main_process else True)
+    bar = progress_bar(max_iters, it, shown=main_process)
     tell = say if bar.disable else lambda line: bar.write(line) if main_process else None
     row, seconds, tokens_since, losses = {"iter": 0, "tokens": 0}, 0.0, 0, {}
 

@@ -73,7 +73,6 @@ import torch.nn.functional as F
 import transformers
 from accelerate.utils import broadcast_object_list
 from tokenizers import AddedToken, ByteLevelBPETokenizer
-from tqdm import tqdm
 from transformers import AutoModelForMaskedLM, AutoTokenizer, RobertaConfig, RobertaTokenizer
 
 import prepare
@@ -363,8 +362,7 @@ class Diary(transformers.TrainerCallback):
         if self.first:
             with runtime.disk_errors(self.folder):
                 self.write = runtime.open_log(self.folder / "log.csv", COLUMNS, state.global_step)
-        steps = {"total": state.max_steps, "initial": state.global_step}
-        self.bar = tqdm(**steps, disable=None if self.first else True)  # None: if no terminal
+        self.bar = runtime.progress_bar(state.max_steps, state.global_step, shown=self.first)
         self.say = say if self.bar.disable else self.bar.write
         self.tokens, self.clock = state.num_input_tokens_seen, time.perf_counter()
 

@@ -10,9 +10,9 @@ n_embd = 128
 bias = False
 
 batch_size = 12
-max_iters = 700
+max_iters = 600
 optimizer = "muon"
-learning_rate = 2e-2
+learning_rate = 1e-2
 warmup_iters = 20
 grad_clip = 1.0
 
