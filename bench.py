@@ -138,7 +138,7 @@ def loading():
 
 
 def starting(ours, text):
-    """1 for each process that has come to its first update of an 86M model, imports included."""
+    """60 for each process that has come to its first update of an 86M model, imports included."""
     with tempfile.TemporaryDirectory() as folder:
         text = text or prepare.__file__
         prepare.main(prepare.Config("start", str(text), "char", data_dir=folder))
@@ -151,7 +151,7 @@ def starting(ours, text):
         while True:
             out = [f"--out_dir={tempfile.mkdtemp(dir=folder)}"] if ours else []
             until([sys.executable, *script, *out], "iteration 1:")
-            yield 1
+            yield 60
 
 
 def until(command, start, processes=1):
@@ -505,7 +505,7 @@ def sides(what, cfg):
             "train 124M, 2 x 256, dropout 0.1 (tokens/s)": [
                 ("ours", training, True), ("transformers, plain fp32 loop", training, False),
                 ("bf16 matrix product, GFLOP/s", update)],
-            "first update of 86M (starts/s)": [
+            "first update of 86M (starts/min)": [
                 ("ours", starting, True, cfg.text), ("the plain loop", starting, False, cfg.text)],
             "reading data against training (tokens/s)": [
                 ("reading", loading), ("training", training, True)],
@@ -658,16 +658,18 @@ def scale(cfg):
             xs, *ys = zip(*points, strict=True)
             for cell, y in zip(column, ys, strict=True):
                 cell.plot(xs, y, marker="o")
-                cell.set_yscale("log")
-                cell.grid(alpha=0.3, which="both")
-                if name != "processes":
-                    cell.set_xscale("log", base=10 if name == "parameters" else 2)
+                cell.set(xscale="log", yscale="log")
+                cell.set_xticks(xs, [f"{x / 1e6:.0f}M" if x > 1e6 else str(x) for x in xs])
+                cell.minorticks_off()
+                cell.grid(alpha=0.3)
             column[1].set_xlabel(name)
             result.append({"against": name, "points": points})
     axes[0][0].set_ylabel("tokens per second")
+    axes[0][0].set_yticks(ticks := (300, 1000, 3000, 10000, 30000), map("{:,}".format, ticks))
     axes[1][0].set_ylabel("memory (GB)")
+    axes[1][0].set_yticks(ticks := (0.5, 1, 2, 4, 8), map(str, ticks))
     figure.suptitle(
-        "train.py, 2,048 tokens an update but for batch_size; 11M parameters but for the first"
+        "train.py, 2,048 tokens an update but for batch_size; 12M parameters but for the first"
     )
     figure.savefig("bench.png", dpi=110)
     print("wrote bench.png")
@@ -713,13 +715,9 @@ def quantize(cfg):
     return result
 
 
-def main(cfg, what="all"):
+def compare(cfg, what):
     """Print the machine's limits and a table: medians of both sides, their ratio, the share of the
-    limit that binds ours, the spread of the ratio over the rounds. Write it as JSON where asked."""
-    if cfg.side:
-        return serve(cfg.side, cfg)
-    if what in ("scale", "quantize"):
-        return {"scale": scale, "quantize": quantize}[what](cfg)
+    limit that binds ours, the spread of the ratio over the rounds."""
     result = {"limits": limits(cfg.rounds), "rows": []}
     for name, rate in result["limits"].items():
         print(f"{name}: {rate:,.0f}")
@@ -736,6 +734,17 @@ def main(cfg, what="all"):
               f"{ratios[0]:.2f}-{ratios[-1]:.2f}; {them[0]}{said}", flush=True)  # fmt: skip
         result["rows"].append(dict(work=row, ours=ours, peer=peer, ratio=ratio, name=them[0],
                                    share_of_limit=share, notes=notes))  # fmt: skip
+    return result
+
+
+def main(cfg, what="all"):
+    """Measure `what`; write the result as JSON where asked."""
+    if cfg.side:
+        return serve(cfg.side, cfg)
+    if what in ("scale", "quantize"):
+        result = {"scale": scale, "quantize": quantize}[what](cfg)
+    else:
+        result = compare(cfg, what)
     if cfg.json:
         Path(cfg.json).write_text(json.dumps(result, indent=2), encoding="utf-8")
 

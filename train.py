@@ -270,19 +270,20 @@ def evaluate(model, data, cfg, accelerator, vocab_size):
     """
     model.eval()
     losses = {}
-    for split, tokens in data.items():
-        n, rank, world = n_windows(tokens, cfg.block_size), *place(accelerator)
-        count = min(n, cfg.eval_iters * cfg.batch_size)
-        windows = np.arange(count) * n // count
-        total = torch.zeros(2, device=accelerator.device)  # summed loss, windows
-        for start in range(0, count, cfg.batch_size * world):  # as many batches on each process
-            mine = windows[start : start + cfg.batch_size * world][rank::world]
-            chosen = mine if len(mine) else windows[:1]  # nothing left: compute, do not count
-            batch = read_windows(tokens, chosen, cfg.block_size, vocab_size, accelerator.device)
-            loss = model(*batch, return_logits=False)[1]
-            total += torch.stack((loss.float(), torch.ones_like(loss))) * len(mine)
-        total = accelerator.reduce(total)
-        losses[f"{split}_loss"] = (total[0] / total[1]).item()
+    with accelerator.autocast():  # around all: weights are cast once, not for every batch
+        for split, tokens in data.items():
+            n, rank, world = n_windows(tokens, cfg.block_size), *place(accelerator)
+            count = min(n, cfg.eval_iters * cfg.batch_size)
+            windows = np.arange(count) * n // count
+            total = torch.zeros(2, device=accelerator.device)  # summed loss, windows
+            for start in range(0, count, cfg.batch_size * world):  # as many on each process
+                mine = windows[start : start + cfg.batch_size * world][rank::world]
+                chosen = mine if len(mine) else windows[:1]  # nothing left: compute, do not count
+                batch = read_windows(tokens, chosen, cfg.block_size, vocab_size, accelerator.device)
+                loss = model(*batch, return_logits=False)[1]
+                total += torch.stack((loss.float(), torch.ones_like(loss))) * len(mine)
+            total = accelerator.reduce(total)
+            losses[f"{split}_loss"] = (total[0] / total[1]).item()
     model.train()
     return losses
 

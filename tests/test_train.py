@@ -483,3 +483,11 @@ def test_fp16_on_a_cpu_warns_once_and_trains(config, capsys):
     said = capsys.readouterr().out
     if not torch.accelerator.is_available():
         assert said.count("needs a GPU") == 1 and "precision no" in said
+
+
+def test_a_notebook_gets_a_bar_and_a_pipe_gets_lines(monkeypatch):
+    """Would catch a notebook, whose output is no terminal, without its progress bar."""
+    assert runtime.progress_bar(3, 0).disable
+    monkeypatch.setitem(sys.modules, "ipykernel", math)
+    assert not runtime.progress_bar(3, 0).disable
+    assert runtime.progress_bar(3, 0, shown=False).disable
