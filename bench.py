@@ -88,23 +88,25 @@ def copy():
         yield 2 * a.nbytes
 
 
-def training(ours):
+def training(ours, vocab_size=50257):
     """Tokens of one update of GPT-2 124M, batch 2 x 256, dropout 0.1: train.py's parts, or
     transformers' model in the plainest fp32 loop."""
     torch.manual_seed(1)
-    idx, targets = torch.randint(50257, (2, 2, 256))
+    idx, targets = torch.randint(vocab_size, (2, 2, 256))
     if ours:
         import train
 
         tune_allocator()
-        model = GPT(GPTConfig(block_size=256, dropout=0.1)).train()
+        model = GPT(GPTConfig(256, vocab_size, dropout=0.1)).train()
         options = train.Config(optimizer="adamw")
         (optimizer,) = train.make_optimizers(model, options, torch.device("cpu"))
         bf16 = pick_precision("auto", "cpu") == "bf16"
     else:
         from transformers import GPT2Config, GPT2LMHeadModel
 
-        model = GPT2LMHeadModel(GPT2Config(n_positions=256)).train()  # dropout 0.1 is its default
+        options = {"bos_token_id": None, "eos_token_id": None}
+        shape = GPT2Config(vocab_size=vocab_size, n_positions=256, **options)
+        model = GPT2LMHeadModel(shape).train()  # dropout 0.1 is its default
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     while True:
         if ours:
@@ -142,11 +144,12 @@ def starting(ours, text):
     with tempfile.TemporaryDirectory() as folder:
         text = text or prepare.__file__
         prepare.main(prepare.Config("start", str(text), "char", data_dir=folder))
-        script = ["-c", "import bench; next(bench.training(False)); print('iteration 1:')"]
+        V = prepare.read_meta(f"{folder}/start")["vocab_size"]
+        script = ["-c", f"import bench; next(bench.training(False, {V})); print('iteration 1:')"]
         if ours:
             script = ["train.py", "--dataset=start", f"--data_dir={folder}", "--log_interval=1",
                       "--n_layer=12", "--n_head=12", "--n_embd=768", "--batch_size=2",
-                      "--eval_interval=0", "--optimizer=adamw"]  # fmt: skip
+                      "--eval_interval=0", "--optimizer=adamw", "--dropout=0.1"]  # fmt: skip
         yield 0
         while True:
             out = [f"--out_dir={tempfile.mkdtemp(dir=folder)}"] if ours else []
@@ -362,7 +365,7 @@ def command(name, text):
             child = subprocess.Popen([sys.executable, *script, *out], stdout=subprocess.PIPE,
                                      text=True, cwd=Path(__file__).parent)  # fmt: skip
             said = child.stdout.read()
-            peak = os.wait4(child.pid, 0)[2].ru_maxrss / 2**20
+            peak = os.wait4(child.pid, 0)[2].ru_maxrss * 1024 / 1e9
             losses = re.findall(r"train loss ([\d.]+).*?val loss ([\d.]+)", said)
             yield 3600, "train {}, val {}, {:.2f} GB".format(*losses[-1], peak)
 

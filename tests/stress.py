@@ -116,7 +116,8 @@ def full_disk(folder, sizes):
     options = [*RUN, "--max_iters=20", "--eval_interval=5", "--save_interval=5"]
     train = [sys.executable, str(ROOT / "train.py"), *options]
     (folder / "out" / "disk").mkdir(parents=True, exist_ok=True)
-    if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+    probe = ["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", str(folder / "out" / "disk")]
+    if not shutil.which("unshare") or subprocess.run(probe, capture_output=True).returncode:
         return f"{len(sizes)} disks", "not tried: no user namespaces here"
     room = [*train, "--out_dir=out/room"]
     subprocess.run(room, cwd=folder, env=ENV, check=True, capture_output=True)
