@@ -689,17 +689,18 @@ def quantize(cfg):
     found = checkpoints(cfg.run)
     if not found:
         fail(f"{cfg.run} holds no checkpoint; train it first: python train.py")
-    plain = GPT.from_checkpoint(found[0]).eval()
     trained = json.loads((found[0] / "config.json").read_text(encoding="utf-8"))["train"]
     tokens = prepare.open_split(Path(trained["data_dir"], trained["dataset"]), "val")
-    T, V = plain.config.block_size, plain.config.vocab_size
-    windows = range(min(100, train.n_windows(tokens, T)))
     result = []
     print(
         "| weights | val perplexity | same likeliest token | same greedy text |\n|---|---|---|---|"
     )
     for kind in ("fp32", "bf16", "int8"):
-        model = plain if kind == "fp32" else pack(plain, kind)
+        model = GPT.from_checkpoint(found[0]).eval()
+        T, V = model.config.block_size, model.config.vocab_size
+        model = model if kind == "fp32" else pack(model, kind)
+        n = train.n_windows(tokens, T)
+        windows = np.arange(min(n, 100)) * n // min(n, 100)  # spread over the split
         loss, likeliest = 0.0, []
         for window in windows:
             idx, targets = train.read_windows(tokens, np.array([window]), T, V, torch.device("cpu"))
