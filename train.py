@@ -1,6 +1,6 @@
 """Stage 2: train a GPT on what prepare.py wrote. Read it from main() down.
 
-python train.py                                  # 3 minutes on a laptop CPU, no network
+python train.py                                  # 2 minutes on a laptop CPU, no network
 python train.py config/verdict.py                # a recipe; options after it win
 python train.py config/verdict.py --resume=True  # go on from the newest whole checkpoint
 accelerate launch train.py                       # several GPUs
