@@ -119,6 +119,13 @@ def full_disk(folder, sizes):
     probe = ["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", str(folder / "out" / "disk")]
     if not shutil.which("unshare") or subprocess.run(probe, capture_output=True).returncode:
         return f"{len(sizes)} disks", "not tried: no user namespaces here"
+    read_only = 'mount -t tmpfs -o ro tmpfs out/disk && exec "$@"'
+    refused = subprocess.run(
+        ["unshare", "-rm", "bash", "-c", read_only, "bash", *train, "--out_dir=out/disk/run"],
+        cwd=folder, env=ENV, capture_output=True, text=True,
+    )  # fmt: skip
+    assert refused.returncode == 1 and "Read-only" in refused.stderr, refused.stderr
+    assert "iteration" not in refused.stdout and "Traceback" not in refused.stderr
     room = [*train, "--out_dir=out/room"]
     subprocess.run(room, cwd=folder, env=ENV, check=True, capture_output=True)
     expected, went_on = outcome(folder / "out" / "room"), 0
@@ -134,7 +141,10 @@ def full_disk(folder, sizes):
         one, other = expected, outcome(folder / "out" / "was-full")
         assert all(torch.equal(one[0][k], other[0][k]) for k in one[0]) and one[1:] == other[1:]
         went_on += "resuming from" in done.stdout
-    return f"{len(sizes)} disks, {went_on} runs resumed from a checkpoint", "nothing"
+    return (
+        f"{len(sizes)} disks and a read-only one, {went_on} runs resumed from a checkpoint",
+        "nothing",
+    )
 
 
 def poisoned(folder):
