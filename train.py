@@ -386,17 +386,17 @@ def main(cfg):
     lock = lock_folder(out_dir) if accelerator.is_main_process else None
     stop = StopSignal()
     try:
-        train(cfg, accelerator, out_dir, stop)
+        signum = train(cfg, accelerator, out_dir, stop)
     finally:
         stop.release()
         if lock:
             lock.release()
-    if stop.signum:
-        raise SystemExit(128 + stop.signum)
+    if signum:
+        raise SystemExit(128 + signum)
 
 
 def train(cfg, accelerator, out_dir, stop):
-    """The whole run, from top to bottom."""
+    """The whole run, from top to bottom. Returns the signal that stopped it, 0 if none did."""
     device, main_process = accelerator.device, accelerator.is_main_process
     data_folder = Path(cfg.data_dir) / cfg.dataset
 
@@ -475,7 +475,7 @@ def train(cfg, accelerator, out_dir, stop):
         accelerator.init_trackers(out_dir.name, settings)  # no tracker: nothing happens
     bar = progress_bar(max_iters, it, shown=main_process)
     tell = say if bar.disable else lambda line: bar.write(line) if main_process else None
-    row, seconds, tokens_since, losses = {"iter": 0, "tokens": 0}, 0.0, 0, {}
+    row, seconds, tokens_since, losses, signum = {"iter": 0, "tokens": 0}, 0.0, 0, {}, 0
 
     while True:
         last = it == max_iters
@@ -501,7 +501,7 @@ def train(cfg, accelerator, out_dir, stop):
         if improved:
             save_folder(accelerator, model, out_dir / "best", info, data_folder, False)
         due = it % cfg.save_interval == 0 if cfg.save_interval else False
-        if fresh and (due or last or stop.signum) and it:
+        if fresh and (due or last or signum) and it:
             folder = out_dir / f"checkpoint-{it:06d}"
             save_folder(accelerator, model, folder, info, data_folder, True)
             if main_process:
@@ -509,7 +509,7 @@ def train(cfg, accelerator, out_dir, stop):
                     remove(old)
                 with disk_errors(out_dir):
                     plot_log(out_dir / "log.csv", out_dir / "loss.png")
-        if last or stop.signum:
+        if last or signum:
             break
 
         # -- one update ------------------------------------------------------------------------
@@ -540,7 +540,7 @@ def train(cfg, accelerator, out_dir, stop):
         report = torch.stack((loss_sum / len(windows), torch.tensor(float(stop.signum)).to(device)))
         loss, signum = accelerator.reduce(report).tolist()
         loss /= accelerator.num_processes
-        stop.signum = stop.signum or (15 if signum else 0)  # another process was told to stop
+        signum = (stop.signum or 15) if signum else 0  # all stop here, whoever was told to
         seconds += time.perf_counter() - began
         it += 1
 
@@ -565,10 +565,11 @@ def train(cfg, accelerator, out_dir, stop):
 
     # -- the end -------------------------------------------------------------------------------
     bar.close()
-    tell(f"{'stopped' if stop.signum else 'done'} at iteration {it}: {out_dir}"
+    tell(f"{'stopped' if signum else 'done'} at iteration {it}: {out_dir}"
          + (f", {skipped} update(s) skipped" if skipped else ""))  # fmt: skip
     accelerator.wait_for_everyone()  # the first process may still be drawing
     accelerator.end_training()
+    return signum
 
 
 if __name__ == "__main__":

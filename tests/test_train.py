@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -357,6 +358,34 @@ def test_ten_bad_updates_in_a_row_end_the_run(config, monkeypatch, capsys):
         train.main(cfg)
     assert stop.value.code == fails(capsys, 1, "iteration 15", "10 updates")
     assert newest(cfg).name == "checkpoint-000012" and runtime.damage(newest(cfg)) is None
+
+
+def test_bad_updates_that_are_not_in_a_row_do_not_end_the_run(config, monkeypatch):
+    """Would catch a count of all bad updates where one of those in a row is promised."""
+    cfg = config(max_iters=24, eval_interval=0)
+    poison(monkeypatch, lambda t: t % 2)
+    train.main(cfg)
+    assert json.loads((newest(cfg) / "config.json").read_text("utf-8"))["skipped"] == 12
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_processes_stops_both(config):
+    """Would catch a process that waits for ever for another that has stopped."""
+    cfg = config(max_iters=100_000, batch_size=2)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command(cfg, *launch), stdout=subprocess.PIPE, text=True, env=env
+    ) as all_:
+        for line in all_.stdout:
+            if line.startswith("iteration 3:"):
+                workers = psutil.Process(all_.pid).children()
+                next(p for p in workers if p.environ().get("RANK") == "1").send_signal(
+                    signal.SIGTERM
+                )
+        assert all_.wait(60) == 1  # torchrun's own code
+        timer.cancel()
+    assert line.startswith("stopped at iteration") and runtime.damage(newest(cfg)) is None
 
 
 @pytest.mark.parametrize("how", ["truncate", "flip", "missing"])
