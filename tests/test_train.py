@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ import runtime
 import train
 
 ROOT = Path(__file__).parent.parent
+TORCHRUN = "torch.distributed.run"
 TINY = dict(block_size=16, n_layer=2, n_head=2, n_embd=32, batch_size=4, max_iters=8)
 TINY |= dict(warmup_iters=2, eval_iters=2, log_interval=1, sample_tokens=0, mixed_precision="no")
 TINY |= dict(optimizer="adamw", learning_rate=1e-3)  # Muon is in bf16: sums differ past 1e-5
@@ -210,7 +212,7 @@ def test_epochs_set_the_iterations(config):
 
 def on_two(cfg):
     """Run train.py on two processes; returns what it printed."""
-    done = run(cfg, sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2")
+    done = run(cfg, sys.executable, "-m", TORCHRUN, "--nproc_per_node", "2")
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -370,20 +372,20 @@ def test_bad_updates_that_are_not_in_a_row_do_not_end_the_run(config, monkeypatc
 
 @pytest.mark.slow
 def test_a_signal_to_one_of_two_processes_stops_both(config):
-    """Would catch a process that waits for ever for another that has stopped."""
+    """Would catch a process that stops before the others have heard of it: they wait for ever then,
+    as they did when each looked at its own flag."""
     cfg = config(max_iters=100_000, batch_size=2)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    words = command(cfg, sys.executable, "-m", TORCHRUN, "--nproc_per_node", "2")
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        command(cfg, *launch), stdout=subprocess.PIPE, text=True, env=env
-    ) as all_:
-        for line in all_.stdout:
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=env) as both:
+        timer = threading.Timer(90, both.kill)  # they wait for each other where this fails
+        timer.start()
+        for line in both.stdout:
             if line.startswith("iteration 3:"):
-                workers = psutil.Process(all_.pid).children()
-                next(p for p in workers if p.environ().get("RANK") == "1").send_signal(
-                    signal.SIGTERM
-                )
-        assert all_.wait(60) == 1  # torchrun's own code
+                workers = psutil.Process(both.pid).children()
+                second = next(p for p in workers if p.environ().get("RANK") == "1")
+                second.send_signal(signal.SIGTERM)
+        assert both.wait(60) == 1  # torchrun's own code
         timer.cancel()
     assert line.startswith("stopped at iteration") and runtime.damage(newest(cfg)) is None
 
