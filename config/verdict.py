@@ -1,6 +1,6 @@
 # The Verdict with the model of "Build a Large Language Model (From Scratch)", chapter 5: 163M
 # parameters of GPT-2 124M's shape (the head is not tied) learn one short story by heart.
-# Overfitting is the point: train loss falls to 0.3-0.6, val loss stays near 6.5.
+# Overfitting is the point: train loss falls to 0.3-0.6, val loss stays near 6.5. 132 s on 2 cores.
 dataset = "verdict"
 seed = 7  # seeds differ: 7 ends below 0.6, 123 and 1337 at 0.64
 
