@@ -465,11 +465,8 @@ class Plain(torch.nn.Module):
         super().__init__()
         self.T, self.C, self.heads, self.p = T, C, heads, p
         nn = torch.nn
-        self.wte, self.wpe, self.head = (
-            nn.Embedding(V, C),
-            nn.Embedding(T, C),
-            nn.Linear(C, V, False),
-        )
+        self.wte, self.wpe = nn.Embedding(V, C), nn.Embedding(T, C)
+        self.head = nn.Linear(C, V, False)
         self.blocks = nn.ModuleList(nn.ModuleDict({
             "q": nn.Linear(C, C, False), "k": nn.Linear(C, C, False), "v": nn.Linear(C, C, False),
             "out": nn.Linear(C, C), "up": nn.Linear(C, 4 * C), "down": nn.Linear(4 * C, C),
@@ -561,7 +558,7 @@ def sides(what, cfg):
 # taking turns
 
 
-def serve(side, cfg):
+def serve(side):
     """Child: set a side up, then do a turn for each line on stdin and answer (rate, note)."""
     name, *arguments = json.loads(side)
     turns = globals()[name](*arguments)
@@ -587,7 +584,8 @@ def take_turns(pair, rounds):
             subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         )
     for child in children:  # nobody's setting up disturbs another's turn
-        child.stdout.readline()
+        if not child.stdout.readline():
+            fail(f"bench: {child.args[-1]} could not be set up; run it alone to see why")
     rates, notes = [[] for _ in children], [""] * len(children)
     for _ in range(rounds):
         for i, child in enumerate(children):
@@ -645,11 +643,11 @@ def scale(cfg):
             for change in changes:
                 work = base | change
                 processes = work.pop("processes", 1)
-                launch = [sys.executable, *["-m", "torch.distributed.run", "--nproc_per_node", "2"]]
+                several = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
                 options = [f"--{k}={v}" for k, v in work.items()]
                 options += [f"--data_dir={folder}", f"--out_dir={tempfile.mkdtemp(dir=folder)}"]
                 line, memory = until(
-                    [*launch[: 1 if processes == 1 else None], "train.py", "--dataset=scale",
+                    [sys.executable, *several * (processes > 1), "train.py", "--dataset=scale",
                      "--eval_interval=0", "--log_interval=3", "--optimizer=adamw", *options],
                     "iteration 6:", processes)  # fmt: skip
                 speed = float(line.split()[-2].replace(",", ""))
@@ -694,9 +692,8 @@ def quantize(cfg):
     trained = json.loads((found[0] / "config.json").read_text(encoding="utf-8"))["train"]
     tokens = prepare.open_split(Path(trained["data_dir"], trained["dataset"]), "val")
     result = []
-    print(
-        "| weights | val perplexity | same likeliest token | same greedy text |\n|---|---|---|---|"
-    )
+    print("| weights | val perplexity | same likeliest token | same greedy text |")
+    print("|---|---|---|---|")
     for kind in ("fp32", "bf16", "int8"):
         model = GPT.from_checkpoint(found[0]).eval()
         T, V = model.config.block_size, model.config.vocab_size
@@ -746,7 +743,7 @@ def compare(cfg, what):
 def main(cfg, what="all"):
     """Measure `what`; write the result as JSON where asked."""
     if cfg.side:
-        return serve(cfg.side, cfg)
+        return serve(cfg.side)
     if what in ("scale", "quantize"):
         result = {"scale": scale, "quantize": quantize}[what](cfg)
     else:

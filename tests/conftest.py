@@ -1,5 +1,6 @@
 """What several test files share: the scripts on sys.path, running one, what may be missing."""
 
+import json
 import os
 import socket
 import subprocess
@@ -72,6 +73,19 @@ def snapshot(folder):
         str(p.relative_to(folder)): (p.read_bytes(), p.stat().st_mtime_ns) if p.is_file() else None
         for p in paths
     }
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """A prepared character data set, "tiny", of about 40 kB of real prose and code."""
+    import prepare
+
+    folder = tmp_path_factory.mktemp("data")
+    text = Path(json.__file__).read_text("utf-8") + Path(os.__file__).read_text("utf-8")
+    (folder / "text.txt").write_text(text, encoding="utf-8")
+    source = str(folder / "text.txt")
+    prepare.main(prepare.Config("tiny", source=source, tokenizer="char", data_dir=str(folder)))
+    return folder
 
 
 def pytest_collection_modifyitems(items):

@@ -81,7 +81,8 @@ def killed(folder, kills, seed=0):
         rest = child.stdout.read()
         child.wait()
         hits += 1
-        if "Traceback" in rest or "done at" in rest:
+        assert "Traceback" not in rest, rest
+        if "done at" in rest:
             break
         half_written += bool(list(run.glob(".tmp-*")))
         for checkpoint in runtime.checkpoints(run):

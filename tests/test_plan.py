@@ -14,24 +14,12 @@ from accelerate.tracking import get_available_trackers
 from conftest import ROOT, snapshot
 
 import plan
-import prepare
 import runtime
 import train
 from model import GPT, GPTConfig
 
 TINY = dict(block_size=16, n_layer=2, n_head=2, n_embd=128, batch_size=2, max_iters=3)
 TINY |= dict(warmup_iters=1, eval_iters=1, eval_interval=2, log_interval=1, sample_tokens=0)
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    """A prepared character data set of about 15 kB."""
-    folder = tmp_path_factory.mktemp("data")
-    text = Path(json.__file__).read_text("utf-8")
-    (folder / "text.txt").write_text(text, encoding="utf-8")
-    source = str(folder / "text.txt")
-    prepare.main(prepare.Config("tiny", source=source, tokenizer="char", data_dir=str(folder)))
-    return folder
 
 
 @pytest.fixture

@@ -30,17 +30,6 @@ TINY |= dict(warmup_iters=2, eval_iters=2, log_interval=1, sample_tokens=0, mixe
 TINY |= dict(optimizer="adamw", learning_rate=1e-3)  # Muon is in bf16: sums differ past 1e-5
 
 
-@pytest.fixture(scope="session")
-def data_dir(tmp_path_factory):
-    """A prepared character data set of about 40 kB of real prose and code."""
-    folder = tmp_path_factory.mktemp("data")
-    text = Path(json.__file__).read_text("utf-8") + Path(os.__file__).read_text("utf-8")
-    (folder / "text.txt").write_text(text, encoding="utf-8")
-    source = str(folder / "text.txt")
-    prepare.main(prepare.Config("tiny", source=source, tokenizer="char", data_dir=str(folder)))
-    return folder
-
-
 @pytest.fixture
 def config(data_dir, tmp_path):
     """config(**changes) -> a train.Config for a run of about a second in its own folder."""
