@@ -72,22 +72,30 @@ from runtime import pick_precision, tune_allocator
 # yields its amount
 
 
+def device():
+    """Where the model runs: an NVIDIA GPU or the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def gemm(dtype):
-    """Floating-point operations of a 2048 x 2048 x 2048 matrix product."""
-    a, b = (torch.randn(2048, 2048, dtype=dtype) for _ in range(2))
+    """Floating-point operations of a square matrix product, 2,048 wide; on a GPU 8,192."""
+    n = 8192 if device().type == "cuda" else 2048
+    a, b = (torch.randn(n, n, dtype=dtype, device=device()) for _ in range(2))
     while True:
         for _ in range(10):
             a @ b
-        yield 10 * 2 * 2048**3
+        yield 10 * 2 * n**3
 
 
 def copy():
-    """Bytes read and written by copying 256 MB."""
-    a = torch.randn(2**26)
+    """Bytes read and written by copying 256 MB, on a GPU 4 GB ten times."""
+    times, size = (10, 2**30) if device().type == "cuda" else (1, 2**26)
+    a = torch.randn(size, device=device())
     b = torch.empty_like(a)
     while True:
-        b.copy_(a)
-        yield 2 * a.nbytes
+        for _ in range(times):
+            b.copy_(a)
+        yield times * 2 * a.nbytes
 
 
 def training(ours, vocab_size=50257):
@@ -122,6 +130,44 @@ def training(ours, vocab_size=50257):
         optimizer.step()
         optimizer.zero_grad()
         yield idx.numel()
+
+
+def training_on_card(ours, rows):
+    """Tokens of one update of GPT-2 124M on a GPU, 480 x 1,024 in micro-batches of `rows`, bf16,
+    compiled: train.py's parts, or nanoGPT's settings with transformers' model."""
+    torch.manual_seed(1)
+    data = torch.randint(50257, (480 // rows, rows, 1025), device=device())
+    if ours:
+        import train
+
+        model = GPT(GPTConfig()).to(device()).train()
+        (optimizer,) = train.make_optimizers(model, train.Config(optimizer="adamw"), device())
+    else:
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        torch.set_float32_matmul_precision("high")
+        none = dict.fromkeys(("bos_token_id", "eos_token_id"))
+        dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+        shape = GPT2Config(vocab_size=50304, use_cache=False, **none, **dropout)
+        model = GPT2LMHeadModel(shape).to(device()).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    model.compile()
+    while True:
+        for micro in data:
+            idx, targets = micro[:, :-1].contiguous(), micro[:, 1:].contiguous()
+            with torch.autocast("cuda", dtype=torch.bfloat16):
+                if ours:
+                    loss = model(idx, targets, return_logits=False)[1]
+                else:
+                    logits = model(idx).logits
+                    loss = torch.nn.functional.cross_entropy(
+                        logits.flatten(0, 1), targets.flatten()
+                    )
+            (loss / len(data)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        yield data.numel() // 1025 * 1024
 
 
 def loading():
@@ -181,9 +227,10 @@ def until(command, start, processes=1):
 def decoding(kind, batch_size=1, tokens=200):
     """Tokens decoded greedily by random GPT-2 124M weights after a prompt of 8."""
     torch.manual_seed(1)
-    model, prompt = GPT(GPTConfig()).eval(), torch.arange(8).repeat(batch_size, 1)
+    model = GPT(GPTConfig()).eval()
+    prompt = torch.arange(8, device=device()).repeat(batch_size, 1)
     if kind == "transformers":
-        hf = model.to_hf()
+        hf = model.to_hf().to(device())
         options = dict(max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
         options |= dict(attention_mask=torch.ones_like(prompt), pad_token_id=0)
         while True:
@@ -197,7 +244,7 @@ def decoding(kind, batch_size=1, tokens=200):
             generator.generate_batch(start, include_prompt_in_result=False, **options)
             yield batch_size * tokens
     tune_allocator()
-    model = model if kind == "fp32" else pack(model, kind)
+    model = (model if kind == "fp32" else pack(model, kind)).to(device())
     while True:
         model.generate(prompt, tokens, temperature=0)
         yield batch_size * tokens
@@ -549,6 +596,31 @@ def sides(what, cfg):
                 ("the book's script", command, "plain_verdict", cfg.text)],
         },
     }  # fmt: skip
+    if device().type == "cuda":
+        update = 6 * 124e6 + 12 * 12 * 768 * 1024
+        limit = ("bf16 matrix product, GFLOP/s", update)
+        peer = "nanoGPT's loop, transformers"
+        table["train"] = {
+            "train 124M, 480 x 1,024, compiled (tokens/s)": [
+                ("ours, 32 at once", training_on_card, True, 32),
+                (peer + ", 12 at once", training_on_card, False, 12),
+                limit,
+            ],
+            "the same, 32 at once (tokens/s)": [
+                ("ours", training_on_card, True, 32),
+                (peer, training_on_card, False, 32),
+                limit,
+            ],
+        }
+        table["sample"] = {
+            f"decode 124M, batch {rows}, {kind} (tokens/s)": [
+                ("ours", decoding, kind, rows),
+                ("transformers, fp32", decoding, "transformers", rows),
+                ("copy, GB/s read and written", bytes / rows),
+            ]
+            for rows in (1, 16)
+            for kind, bytes in (("fp32", 4 * 124e6), ("bf16", 2 * 124e6))
+        }
     long = ("char", "verdict")
     wanted = [k for k in table if k == what or (what == "all" and k not in long)]
     return {row: pair for k in wanted for row, pair in table[k].items()}
@@ -569,9 +641,16 @@ def serve(side):
         for _ in sys.stdin:
             began = time.perf_counter()
             done = next(turns)
+            finish()
             amount, note = done if isinstance(done, tuple) else (done, "")
             answer = amount / (time.perf_counter() - began), note
             print(json.dumps(answer), file=answers, flush=True)
+
+
+def finish():
+    """Wait until the GPU has done what it was told."""
+    if device().type == "cuda":
+        torch.cuda.synchronize()
 
 
 def take_turns(pair, rounds):
@@ -613,8 +692,11 @@ def limits(rounds):
         next(turns)
         rates = []
         for _ in range(rounds):
+            finish()
             began = time.perf_counter()
-            rates.append(next(turns) / (time.perf_counter() - began) / 1e9)
+            done = next(turns)
+            finish()
+            rates.append(done / (time.perf_counter() - began) / 1e9)
         measured[name] = statistics.median(rates)
     return measured
 

@@ -117,28 +117,32 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, cache=None, position=0):
         """x (B, T, C) at positions position .. position + T - 1 -> (B, T, C).
 
-        cache (2, B, nh, block_size, hs) holds the keys and values before `position`; this call
-        adds its own.
+        cache (2, B, nh, length, hs) holds the keys and values before `position`; this call adds its
+        own. In a CUDA graph, which must not depend on it, `position` is a tensor (1,), and T is 1.
         """
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, nh, T, hs)
-        mask = None
-        if cache is not None:
+        p, mask, in_graph = self.p if self.training else 0.0, None, torch.is_tensor(position)
+        if in_graph:
+            cache[0].index_copy_(2, position, k)
+            cache[1].index_copy_(2, position, v)
+            k, v = cache  # (B, nh, length, hs)
+            mask = torch.arange(k.size(2), device=x.device) <= position
+        elif cache is not None:
             cache[0, :, :, position : position + T] = k
             cache[1, :, :, position : position + T] = v
             k, v = cache[:, :, :, : position + T]  # (B, nh, position + T, hs)
             if position and T > 1:
                 mask = torch.ones(T, position + T, dtype=torch.bool, device=x.device).tril(position)
-        p = self.p if self.training else 0.0
-        if p and x.device.type == "cpu":  # no fused kernel there knows dropout
-            past = torch.ones(T, T, dtype=torch.bool).tril()
+        if in_graph or (p and x.device.type == "cpu"):  # fused kernels: slow there, without dropout
+            mask = torch.ones(T, T, dtype=torch.bool).tril() if mask is None else mask
             scores = (q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))).masked_fill(
-                ~past, -torch.inf
+                ~mask, -torch.inf
             )
             y = dropout(scores.softmax(-1, dtype=q.dtype), p, True) @ v  # (B, nh, T, hs)
         else:
-            causal = position == 0 and T > 1
+            causal = T > 1 and position == 0
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p, is_causal=causal)
         y = y.transpose(1, 2).reshape(B, T, C)
         return dropout(self.c_proj(y), self.p, self.training)
@@ -172,14 +176,40 @@ class Block(nn.Module):
 class KVCache:
     """The keys and values of `filled` positions, of `length` at most (block_size at most).
 
-    kv: (n_layer, 2, B, nh, length, hs).
+    kv: (n_layer, 2, B, nh, length, hs). graph: a GraphedStep once there is one.
     """
 
     def __init__(self, model, batch_size, length):
         c, wte = model.config, model.transformer.wte.weight
         length = min(length, c.block_size)
         shape = (c.n_layer, 2, batch_size, c.n_head, length, c.n_embd // c.n_head)
-        self.kv, self.filled = torch.empty(shape, dtype=wte.dtype, device=wte.device), 0
+        self.kv, self.filled = torch.zeros(shape, dtype=wte.dtype, device=wte.device), 0
+        self.graph = None
+
+
+class GraphedStep:
+    """A decoding step on an NVIDIA GPU, recorded once and replayed for every further token: it is
+    150 kernels of microseconds, and to start each one from Python takes longer than it runs."""
+
+    def __init__(self, model, cache, token, position):
+        """token (B, 1), position: what the first call will be given."""
+        self.token, self.position = token.clone(), torch.tensor([position], device=token.device)
+
+        def step():
+            return model.lm_head(model.hidden(self.token, cache, self.position)[:, -1])
+
+        step()  # what libraries set up at their first call cannot be recorded
+        self.cuda_graph = torch.cuda.CUDAGraph()
+        # thread_local: what other threads do meanwhile, such as NCCL's, is no error
+        with torch.cuda.graph(self.cuda_graph, capture_error_mode="thread_local"):
+            self.logits = step()
+
+    def __call__(self, token, position):
+        """token (B, 1) at `position` -> logits (B, V)."""
+        self.token.copy_(token)
+        self.position.fill_(position)
+        self.cuda_graph.replay()
+        return self.logits.clone()
 
 
 class GPT(nn.Module):
@@ -224,16 +254,16 @@ class GPT(nn.Module):
         """The number of weights, a tied head counted once."""
         return sum(p.numel() for p in self.parameters())
 
-    def hidden(self, idx, cache=None):
-        """idx (B, T) -> (B, T, C) after the last LayerNorm. With a KVCache, idx goes on from it."""
-        position = 0 if cache is None else cache.filled
-        steps = torch.arange(position, position + idx.size(1), device=idx.device)
+    def hidden(self, idx, cache=None, position=0):
+        """idx (B, T) -> (B, T, C) after the last LayerNorm. With a KVCache, `position` is the
+        number of tokens before idx that it holds; see CausalSelfAttention."""
+        steps = position
+        if not torch.is_tensor(position):
+            steps = torch.arange(position, position + idx.size(1), device=idx.device)
         x = self.transformer.wte(idx) + self.transformer.wpe(steps)
         x = dropout(x, self.config.dropout, self.training)
         for i, block in enumerate(self.transformer.h):
             x = block(x, None if cache is None else cache.kv[i], position)
-        if cache is not None:
-            cache.filled += idx.size(1)
         return self.transformer.ln_f(x)
 
     def forward(self, idx, targets=None, return_logits=True):
@@ -264,9 +294,13 @@ class GPT(nn.Module):
         """
         if cache is None or idx.size(1) > self.config.block_size:
             x = self.hidden(idx[:, -self.config.block_size :])
-        else:
-            x = self.hidden(idx[:, cache.filled :], cache)
-        return self.lm_head(x[:, -1])
+            return self.lm_head(x[:, -1])
+        new, position = idx[:, cache.filled :], cache.filled
+        cache.filled = idx.size(1)
+        if idx.device.type == "cuda" and new.size(1) == 1:
+            cache.graph = cache.graph or GraphedStep(self, cache, new, position)
+            return cache.graph(new, position)
+        return self.lm_head(self.hidden(new, cache, position)[:, -1])
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos_id=None,
@@ -286,7 +320,7 @@ class GPT(nn.Module):
                     new = torch.where(ended, eos_id, new)
                     ended = ended | (new == eos_id)
                 yield new
-                if ended.all():
+                if eos_id is not None and ended.all():
                     return
                 idx = torch.cat((idx, new), dim=1)
         finally:
@@ -335,7 +369,7 @@ class GPT(nn.Module):
             rows, new = (first + chosen // V).flatten(), (chosen % V).view(-1, 1)
             idx = torch.cat((idx[rows], new), dim=1)
             if cache is not None:
-                cache.kv = cache.kv[:, :, rows]
+                cache.kv.copy_(cache.kv[:, :, rows])
             if eos_id is not None:
                 ended = ended.flatten()[rows].view(B, K) | (new.view(B, K) == eos_id)
                 if ended.gather(1, score.argmax(dim=1, keepdim=True)).all():  # scores only fall

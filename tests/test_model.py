@@ -324,9 +324,44 @@ def test_cache_filled_in_chunks(chunks):
     ours, idx = make(), tokens(3, 8)
     cache, parts, end = KVCache(ours, 3, 8), [], 0
     for size in chunks:
-        parts.append(ours.lm_head(ours.hidden(idx[:, end : end + size], cache)))
+        parts.append(ours.lm_head(ours.hidden(idx[:, end : end + size], cache, end)))
         end += size
     torch.testing.assert_close(torch.cat(parts, dim=1), ours(idx)[0], atol=1e-4, rtol=0)
+
+
+def test_cache_with_the_position_in_a_tensor():
+    """What a CUDA graph records: no place of it may depend on a number that Python saw once."""
+    ours, idx, place = make(), tokens(3, 8), torch.tensor([4])
+    cache = KVCache(ours, 3, 8)
+    with torch.no_grad():
+        ours.hidden(idx[:, :4], cache)
+        for end in range(4, 8):
+            step = ours.lm_head(ours.hidden(idx[:, end : end + 1], cache, place.fill_(end)))
+            plain = ours(idx[:, : end + 1])[0]
+            torch.testing.assert_close(step[:, -1], plain[:, -1], atol=1e-4, rtol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "packed"])
+def test_cuda_graph(kind):
+    """A graph replayed past block_size, for rows, beams and a second prompt; and two graphs whose
+    texts grow in turns must not write into each other's memory."""
+    ours = make().to("cuda", torch.bfloat16 if kind == "bf16" else torch.float32)
+    ours = model_module.pack(ours, "bf16") if kind == "packed" else ours
+    for rows, how in ((1, dict(temperature=0)), (3, dict(top_k=5)), (3, dict(num_beams=3))):
+        for length in (1, 5):
+            idx = tokens(rows, length).cuda()
+            draws = [torch.Generator("cuda").manual_seed(1) for _ in range(2)]
+            texts = [
+                ours.generate(idx, 12, kv_cache=on, generator=draw, **how)
+                for on, draw in zip((True, False), draws, strict=True)
+            ]
+            assert kind != "fp32" or torch.equal(*texts)
+            assert texts[0].shape == (rows, length + 12)
+    a, b = ours.stream(idx, 6, 0), ours.stream(idx.flip(1), 6, 0)
+    mixed = [torch.cat(x, 1) for x in zip(*zip(a, b, strict=True), strict=True)]
+    alone = [ours.generate(x, 6, 0)[:, length:] for x in (idx, idx.flip(1))]
+    assert all(map(torch.equal, mixed, alone))
 
 
 @pytest.mark.parametrize("how", [dict(temperature=0), dict(top_k=5), dict(num_beams=3)])
