@@ -99,7 +99,10 @@ class PackedLinear(nn.Module):
 
 def pack(model, kind):
     """Swap the Linear layers of an eval-mode model for PackedLinear, in place: 'bf16' or 'int8',
-    half or a quarter of the bytes that a decoding step reads. Embeddings stay as they are."""
+    half or a quarter of the bytes that a decoding step reads. Embeddings stay as they are. On a GPU
+    the whole model becomes bf16: each conversion would be a kernel more."""
+    if kind == "bf16" and model.lm_head.weight.is_cuda:
+        return model.bfloat16()
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):

@@ -193,16 +193,30 @@ def make_optimizers(model, cfg, device):
         known = {id(p) for p in hidden}
         matrices = [p for p in matrices if id(p) not in known]
         # match_rms_adamw: updates as large as AdamW's, so one learning rate serves both
-        optimizers.append(torch.optim.Muon(hidden, lr=1.0, weight_decay=cfg.weight_decay,
-                                           adjust_lr_fn="match_rms_adamw"))  # fmt: skip
+        optimizers.append(
+            torch.optim.Muon(
+                hidden, cfg.learning_rate, cfg.weight_decay, adjust_lr_fn="match_rms_adamw"
+            )
+        )
     groups = [
         {"params": matrices, "weight_decay": cfg.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
     fused = device.type in ("cuda", "cpu")
     betas = (cfg.beta1, cfg.beta2)
-    optimizers.append(torch.optim.AdamW(groups, lr=1.0, betas=betas, fused=fused))
+    optimizers.append(torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, fused=fused))
     return optimizers
+
+
+def step(scaler, optimizers, finite):
+    """One update, none if the gradient is not finite. scaler: fp16's or None; accelerate's wrappers
+    would update it after each optimizer, and the next one's gradients be divided by it again."""
+    for optimizer in optimizers:
+        if finite:
+            scaler.step(optimizer.optimizer) if scaler else optimizer.step()
+        optimizer.zero_grad()
+    if scaler:
+        scaler.update()
 
 
 def mix(*numbers):
@@ -213,11 +227,12 @@ def mix(*numbers):
 def try_compile(model, cfg, accelerator):
     """torch.compile `model` in place and try it once. Returns whether it worked."""
     bare = accelerator.unwrap_model(model)
-    idx = torch.zeros(cfg.batch_size, cfg.block_size, dtype=torch.long, device=accelerator.device)
+    shape = (2, cfg.batch_size, cfg.block_size)
+    idx, targets = torch.zeros(shape, dtype=torch.long, device=accelerator.device)
     bare.compile()
     try:
         with accelerator.no_sync(model):
-            accelerator.backward(model(idx, idx, return_logits=False)[1])
+            accelerator.backward(model(idx, targets, return_logits=False)[1])
     except Exception as error:  # a compiler can fail in any way; eager always works
         say(f"warning: --compile failed, going on without: {str(error).splitlines()[0][:120]}")
         bare._compiled_call_impl = None
@@ -532,11 +547,7 @@ def train(cfg, accelerator, out_dir, stop):
                 loss_sum += loss.detach()
         norm = accelerator.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
         finite = math.isfinite(norm)
-        if finite or accelerator.scaler is not None:  # fp16's scaler skips by itself, and adapts
-            for optimizer in optimizers:
-                optimizer.step()
-        for optimizer in optimizers:
-            optimizer.zero_grad()
+        step(accelerator.scaler, optimizers, finite)
         report = torch.stack((loss_sum / len(windows), torch.tensor(float(stop.signum)).to(device)))
         loss, signum = accelerator.reduce(report).tolist()
         loss /= accelerator.num_processes

@@ -130,6 +130,37 @@ def test_only_matrices_decay(data_dir):
         assert sorted(given) == sorted(id(p) for p in model.parameters())
 
 
+@pytest.mark.parametrize("bad", [False, True])
+def test_fp16s_scale_serves_both_optimizers(bad):
+    """Would catch what accelerate's wrappers do: the second optimizer's gradients divided by the
+    scale twice; and one optimizer that takes a step with gradients of which the other's are NaN."""
+    from accelerate import Accelerator
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    Accelerator(cpu=True)
+    ended, idx = [], torch.arange(16).view(2, 8)
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=2.0**20)):
+        torch.manual_seed(0)
+        model = train.GPT(train.GPTConfig(8, 16, 1, 2, 16))
+        made = train.make_optimizers(model, train.Config(), torch.device("cpu"))
+        wrapped = [AcceleratedOptimizer(optimizer, scaler=scaler) for optimizer in made]
+        before = [p.clone() for p in model.parameters()]
+        for _ in range(3):
+            loss = model(idx, idx)[1]
+            (scaler.scale(loss) if scaler else loss).backward()
+            if bad:
+                model.transformer.ln_f.bias.grad[0] = torch.nan
+            for optimizer in made if scaler else ():
+                scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            train.step(scaler, wrapped, bool(norm.isfinite()))
+        assert not any(p.grad is not None for p in model.parameters())
+        assert all(map(torch.equal, before, model.parameters())) == bad
+        ended.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*ended)
+    assert scaler.get_scale() == 2.0 ** (17 if bad else 20)
+
+
 # -- whole runs ------------------------------------------------------------------------------------
 
 
