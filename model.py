@@ -117,28 +117,28 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.qkv_bias)
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x, cache=None, position=0):
+    def forward(self, x, cache=None, position=0, filled=None):
         """x (B, T, C) at positions position .. position + T - 1 -> (B, T, C).
 
         cache (2, B, nh, length, hs) holds the keys and values before `position`; this call adds its
-        own. In a CUDA graph, which must not depend on it, `position` is a tensor (1,), and T is 1.
+        own. A CUDA graph must not depend on numbers: there T is 1, `position` a tensor (1,), and
+        `filled` (length,) is True up to it.
         """
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, nh, T, hs)
-        p, mask, in_graph = self.p if self.training else 0.0, None, torch.is_tensor(position)
-        if in_graph:
-            cache[0].index_copy_(2, position, k)
-            cache[1].index_copy_(2, position, v)
-            k, v = cache  # (B, nh, length, hs)
-            mask = torch.arange(k.size(2), device=x.device) <= position
-        elif cache is not None:
-            cache[0, :, :, position : position + T] = k
-            cache[1, :, :, position : position + T] = v
-            k, v = cache[:, :, :, : position + T]  # (B, nh, position + T, hs)
-            if position and T > 1:
-                mask = torch.ones(T, position + T, dtype=torch.bool, device=x.device).tril(position)
-        if in_graph or (p and x.device.type == "cpu"):  # fused kernels: slow there, without dropout
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, nh, T, hs)
+        p, mask = self.p if self.training else 0.0, filled
+        if cache is not None:
+            new = qkv[:, :, 1:].permute(2, 0, 3, 1, 4)  # (2, B, nh, T, hs)
+            if filled is not None:
+                k, v = cache.index_copy_(3, position, new)  # (B, nh, length, hs)
+            else:
+                cache[:, :, :, position : position + T] = new
+                k, v = cache[:, :, :, : position + T]  # (B, nh, position + T, hs)
+                if position and T > 1:
+                    mask = torch.ones(T, position + T, dtype=torch.bool, device=x.device)
+                    mask = mask.tril(position)
+        if filled is not None or (p and x.device.type == "cpu"):  # no fused kernel is fast there
             mask = torch.ones(T, T, dtype=torch.bool).tril() if mask is None else mask
             scores = (q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))).masked_fill(
                 ~mask, -torch.inf
@@ -171,8 +171,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None, position=0):
-        x = x + self.attn(self.ln_1(x), cache, position)
+    def forward(self, x, cache=None, position=0, filled=None):
+        x = x + self.attn(self.ln_1(x), cache, position, filled)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -260,13 +260,15 @@ class GPT(nn.Module):
     def hidden(self, idx, cache=None, position=0):
         """idx (B, T) -> (B, T, C) after the last LayerNorm. With a KVCache, `position` is the
         number of tokens before idx that it holds; see CausalSelfAttention."""
-        steps = position
-        if not torch.is_tensor(position):
+        if torch.is_tensor(position):
+            steps, filled = position, torch.arange(cache.kv.size(4), device=idx.device) <= position
+        else:
             steps = torch.arange(position, position + idx.size(1), device=idx.device)
+            filled = None
         x = self.transformer.wte(idx) + self.transformer.wpe(steps)
         x = dropout(x, self.config.dropout, self.training)
         for i, block in enumerate(self.transformer.h):
-            x = block(x, None if cache is None else cache.kv[i], position)
+            x = block(x, None if cache is None else cache.kv[i], position, filled)
         return self.transformer.ln_f(x)
 
     def forward(self, idx, targets=None, return_logits=True):
