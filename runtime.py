@@ -68,6 +68,10 @@ def make_accelerator(mixed_precision, may_shard=False, **kwargs):
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
     tune_allocator()
+    if torch.distributed.is_available():
+        # the group that it finds would stay in its default arguments for ever, with gloo's threads,
+        # and those abort when Python ends before them (PyTorch 2.13)
+        import torch.distributed.nn
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if "WORLD_SIZE" not in os.environ:  # a second run in one notebook may want other settings
         AcceleratorState._reset_state(reset_partial_state=True)

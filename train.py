@@ -580,6 +580,8 @@ def train(cfg, accelerator, out_dir, stop):
          + (f", {skipped} update(s) skipped" if skipped else ""))  # fmt: skip
     accelerator.wait_for_everyone()  # the first process may still be drawing
     accelerator.end_training()
+    if accelerator.distributed_type == "FSDP":
+        time.sleep(0.5)  # the caches of DTensor keep the threads of gloo; see make_accelerator
     return signum
 
 

@@ -232,7 +232,7 @@ def test_epochs_set_the_iterations(config):
 
 def on_two(cfg):
     """Run train.py on two processes; returns what it printed."""
-    done = run(cfg, sys.executable, "-m", TORCHRUN, "--nproc_per_node", "2")
+    done = run(cfg, sys.executable, "-m", TORCHRUN, "--standalone", "--nproc_per_node", "2")
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -395,7 +395,7 @@ def test_a_signal_to_one_of_two_processes_stops_both(config):
     """Would catch a process that stops before the others have heard of it: they wait for ever then,
     as they did when each looked at its own flag."""
     cfg = config(max_iters=100_000, batch_size=2)
-    words = command(cfg, sys.executable, "-m", TORCHRUN, "--nproc_per_node", "2")
+    words = command(cfg, sys.executable, "-m", TORCHRUN, "--standalone", "--nproc_per_node", "2")
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=env) as both:
         timer = threading.Timer(90, both.kill)  # they wait for each other where this fails

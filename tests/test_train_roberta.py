@@ -189,7 +189,7 @@ def test_accumulation_agrees(text, tmp_path):
 def test_two_processes_agree(text, tmp_path):
     """torchrun on a CPU must be one run of two processes, not two runs of one."""
     train(text, tmp_path / "one", max_steps=4, dropout=0.0)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     cfg = config(text, tmp_path / "two", max_steps=4, dropout=0.0, batch_size=4)
     said = subprocess.run(command(cfg, *launcher), capture_output=True, text=True, timeout=120,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
