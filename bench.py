@@ -283,8 +283,8 @@ def whole_text(path):
 
 
 def tokenizing(ours, text):
-    """Megabytes of text turned into GPT-2 tokens: prepare.py end to end, or tiktoken alone on pieces of
-    1 MB in memory, on all cores."""
+    """Megabytes of text turned into GPT-2 tokens: prepare.py end to end, or tiktoken alone on
+    pieces of 1 MB in memory, on all cores."""
     content = whole_text(text)
     content *= 1 + 10**8 // len(content)
     if not ours:
