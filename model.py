@@ -201,11 +201,12 @@ class GraphedStep:
         def step():
             return model.lm_head(model.hidden(self.token, cache, self.position)[:, -1])
 
-        step()  # what libraries set up at their first call cannot be recorded
-        self.cuda_graph = torch.cuda.CUDAGraph()
-        # thread_local: what other threads do meanwhile, such as NCCL's, is no error
-        with torch.cuda.graph(self.cuda_graph, capture_error_mode="thread_local"):
-            self.logits = step()
+        with torch.cuda.device(token.device):
+            step()  # what libraries set up at their first call cannot be recorded
+            self.cuda_graph = torch.cuda.CUDAGraph()
+            # thread_local: what other threads do meanwhile, such as NCCL's, is no error
+            with torch.cuda.graph(self.cuda_graph, capture_error_mode="thread_local"):
+                self.logits = step()
 
     def __call__(self, token, position):
         """token (B, 1) at `position` -> logits (B, V)."""

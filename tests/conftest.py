@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: a second thread only gets in the way
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # bit for bit holds on CPUs; "0" shows a GPU
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reached for the network would fail at once
 
 SHARED = Path(os.environ.get("SHARED_DATA_DIR", "/nowhere"))
