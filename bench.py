@@ -36,8 +36,8 @@ attention's softmax and masks, GELU, casts, the loss.
 And on an NVIDIA H200 (PyTorch 2.11), GPT-2 124M:
 - a decoding step replayed as a CUDA graph: 382 to 1,001 tokens/s; attention of one query by hand
   instead of PyTorch's fused kernel: 1,266; one write into the cache, one mask for all layers: 1,435
-- that graph of a compiled step: 1,001 to 1,007 tokens/s, with coordinate descent tuning 1,068, 11 and
-  30 s later; not kept
+- that graph of a compiled step: 1,001 to 1,007 tokens/s, with coordinate descent tuning 1,068, 11
+  and 30 s later; not kept
 - decoding in bf16: layers that convert 1,054 tokens/s, the whole model in bf16 1,495; kept
 - cuDNN's attention asked for: no difference, it is taken by itself
 - training on tokens that are all as frequent: 540,000 tokens/s instead of 488,000, since a frequent
