@@ -459,10 +459,10 @@ def from_hf_layout(state_dict):
 def next_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
     """Logits (B, V) -> the probabilities (B, V) that `sample_token` draws from, temperature > 0."""
     logits = logits.float()
-    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)  # no 0 / 0
-    if top_k is not None:
+    if top_k is not None:  # first: what follows may round two logits to the same
         kept = logits.topk(min(top_k, logits.size(-1)))  # ids, not a threshold: ties stay out
         logits = torch.full_like(logits, -torch.inf).scatter(-1, kept.indices, kept.values)
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)  # no 0 / 0
     probabilities = F.softmax(logits, dim=-1)
     if top_p is not None and top_p < 1:  # rounding would drop the rarest at 1
         ordered, order = probabilities.sort(descending=True, stable=True)
