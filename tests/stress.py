@@ -38,6 +38,14 @@ def slow(tensors, path):
 train.save_file = slow
 train.main(configurator.load(train.Config, sys.argv[1:]))
 """
+RESUME_AND_SAMPLE = """
+import contextlib, sys, sample, train, configurator
+with contextlib.suppress(SystemExit):
+    train.main(configurator.load(train.Config, sys.argv[1:]))
+with contextlib.suppress(SystemExit):
+    sample.main(sample.Config("out/poison", start="a", max_new_tokens=2))
+print("end")
+"""
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
@@ -171,12 +179,11 @@ def poisoned(folder):
             lines = [f"{runtime.sha256(p)}  {p.name}\n" for p in checkpoint.iterdir()
                      if p.name != "SHA256SUMS"]  # fmt: skip
             (checkpoint / "SHA256SUMS").write_text("".join(lines))
-        sample = [sys.executable, str(ROOT / "sample.py"), "--out_dir=out/poison", "--start=a",
-                  "--max_new_tokens=2"]  # fmt: skip
-        for command in ([*train, "--resume=True", "--max_iters=5"], sample):
-            done = subprocess.run(command, cwd=folder, env=ENV, capture_output=True, text=True)
-            assert not marker.exists(), f"{name}: code ran"
-            assert "Traceback" not in done.stderr, f"{name}: {done.stderr}"
+        again = [*options, "--resume=True", "--max_iters=5"]
+        both = [sys.executable, "-c", RESUME_AND_SAMPLE, *again]
+        done = subprocess.run(both, cwd=folder, env=ENV, capture_output=True, text=True)
+        assert not marker.exists(), f"{name}: code ran"
+        assert "Traceback" not in done.stderr and "end\n" in done.stdout, f"{name}: {done.stderr}"
         for newer in runtime.checkpoints(folder / "out" / "poison")[:-1]:
             runtime.remove(newer)
         (checkpoint / name).write_bytes(whole)
