@@ -1,7 +1,7 @@
 """What a long run is trusted with: kill it, fill its disk, poison it, run it long. Prints what was
 lost.
 
-python tests/stress.py           # the short form that CI runs, about 2 minutes on 2 CPU cores
+python tests/stress.py           # the short form that CI runs, about 90 s on 2 CPU cores
 python tests/stress.py --long    # 30 kills, 20,000 iterations
 """
 
@@ -229,7 +229,7 @@ def main(is_long):
         folder = Path(folder)
         make_data(folder)
         trials = {
-            "kill -9 at random moments": lambda: killed(folder, 30 if is_long else 4),
+            "kill -9 at random moments": lambda: killed(folder, 30 if is_long else 3),
             "full disks": lambda: full_disk(folder, range(50, 900, 50) if is_long else (350, 650)),
             "malicious pickles in a checkpoint": lambda: poisoned(folder),
             "a long run": lambda: long(folder, 20_000 if is_long else 1000),
