@@ -117,20 +117,20 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.qkv_bias)
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x, cache=None, position=0, filled=None):
+    def forward(self, x, cache=None, position=0, seen=None):
         """x (B, T, C) at positions position .. position + T - 1 -> (B, T, C).
 
         cache (2, B, nh, length, hs) holds the keys and values before `position`; this call adds its
         own. A CUDA graph must not depend on numbers: there T is 1, `position` a tensor (1,), and
-        `filled` (length,) is True up to it.
+        `seen` (length,) is True up to it.
         """
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, nh, T, hs)
-        p, mask = self.p if self.training else 0.0, filled
+        p, mask = self.p if self.training else 0.0, seen
         if cache is not None:
             new = qkv[:, :, 1:].permute(2, 0, 3, 1, 4)  # (2, B, nh, T, hs)
-            if filled is not None:
+            if seen is not None:
                 k, v = cache.index_copy_(3, position, new)  # (B, nh, length, hs)
             else:
                 cache[:, :, :, position : position + T] = new
@@ -138,7 +138,7 @@ class CausalSelfAttention(nn.Module):
                 if position and T > 1:
                     mask = torch.ones(T, position + T, dtype=torch.bool, device=x.device)
                     mask = mask.tril(position)
-        if filled is not None or (p and x.device.type == "cpu"):  # no fused kernel is fast there
+        if seen is not None or (p and x.device.type == "cpu"):  # no fused kernel is fast there
             mask = torch.ones(T, T, dtype=torch.bool).tril() if mask is None else mask
             scores = (q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))).masked_fill(
                 ~mask, -torch.inf
@@ -171,8 +171,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None, position=0, filled=None):
-        x = x + self.attn(self.ln_1(x), cache, position, filled)
+    def forward(self, x, cache=None, position=0, seen=None):
+        x = x + self.attn(self.ln_1(x), cache, position, seen)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -262,14 +262,14 @@ class GPT(nn.Module):
         """idx (B, T) -> (B, T, C) after the last LayerNorm. With a KVCache, `position` is the
         number of tokens before idx that it holds; see CausalSelfAttention."""
         if torch.is_tensor(position):
-            steps, filled = position, torch.arange(cache.kv.size(4), device=idx.device) <= position
+            steps, seen = position, torch.arange(cache.kv.size(4), device=idx.device) <= position
         else:
             steps = torch.arange(position, position + idx.size(1), device=idx.device)
-            filled = None
+            seen = None
         x = self.transformer.wte(idx) + self.transformer.wpe(steps)
         x = dropout(x, self.config.dropout, self.training)
         for i, block in enumerate(self.transformer.h):
-            x = block(x, None if cache is None else cache.kv[i], position, filled)
+            x = block(x, None if cache is None else cache.kv[i], position, seen)
         return self.transformer.ln_f(x)
 
     def forward(self, idx, targets=None, return_logits=True):
