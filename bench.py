@@ -120,77 +120,45 @@ def zipf(vocab_size, *shape):
     return (vocab_size ** torch.rand(shape)).long() - 1
 
 
-def training(ours, vocab_size=50257):
-    """Tokens of one update of GPT-2 124M, batch 2 x 256, dropout 0.1: train.py's parts, or
-    transformers' model in the plainest fp32 loop."""
+def training(ours, vocab_size=50257, rows=2, micro_batches=1, T=256, dropout=0.1):
+    """Tokens of one update of GPT-2 124M: train.py's parts, or transformers' model in the plainest
+    fp32 loop; on a GPU both compiled and in bf16, the peer with the settings of nanoGPT."""
     torch.manual_seed(1)
-    idx, targets = zipf(vocab_size, 2, 2, 256)
+    data = zipf(vocab_size, micro_batches, rows, T + 1).to(device())
+    card = device().type == "cuda"
+    bf16 = card or (ours and pick_precision("auto", "cpu") == "bf16")
     if ours:
         import train
 
         tune_allocator()
-        model = GPT(GPTConfig(256, vocab_size, dropout=0.1)).train()
-        options = train.Config(optimizer="adamw", learning_rate=1e-4)
-        (optimizer,) = train.make_optimizers(model, options, torch.device("cpu"))
-        bf16 = pick_precision("auto", "cpu") == "bf16"
-    else:
-        from transformers import GPT2Config, GPT2LMHeadModel
-
-        options = {"bos_token_id": None, "eos_token_id": None}
-        shape = GPT2Config(vocab_size=vocab_size, n_positions=256, **options)
-        model = GPT2LMHeadModel(shape).train()  # dropout 0.1 is its default
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    while True:
-        if ours:
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
-                loss = model(idx, targets, return_logits=False)[1]
-        else:
-            logits = model(idx).logits
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        yield idx.numel()
-
-
-def training_on_card(ours, rows):
-    """Tokens of one update of GPT-2 124M on a GPU, 480 x 1,024 in micro-batches of `rows`, bf16,
-    compiled: train.py's parts, or nanoGPT's settings with transformers' model."""
-    torch.manual_seed(1)
-    data = zipf(50257, 480 // rows, rows, 1025).to(device())
-    if ours:
-        import train
-
-        model = GPT(GPTConfig()).to(device()).train()
+        model = GPT(GPTConfig(T, vocab_size, dropout=dropout)).to(device()).train()
         options = train.Config(optimizer="adamw", learning_rate=1e-4)
         (optimizer,) = train.make_optimizers(model, options, device())
     else:
         from transformers import GPT2Config, GPT2LMHeadModel
 
-        torch.set_float32_matmul_precision("high")
-        none = dict.fromkeys(("bos_token_id", "eos_token_id"))
-        dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-        shape = GPT2Config(vocab_size=50304, use_cache=False, **none, **dropout)
+        options = {"bos_token_id": None, "eos_token_id": None, "use_cache": False}
+        options |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout)
+        padded = 50304 if card else vocab_size
+        shape = GPT2Config(vocab_size=padded, n_positions=T, **options)
         model = GPT2LMHeadModel(shape).to(device()).train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    model.compile()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=card or None)
+    if card:
+        model.compile()
     while True:
         for micro in data:
-            idx, targets = micro[:, :-1].contiguous(), micro[:, 1:].contiguous()
-            with torch.autocast("cuda", dtype=torch.bfloat16):
+            idx, targets = micro[:, :-1].contiguous(), micro[:, 1:].contiguous()  # (rows, T)
+            with torch.autocast(device().type, torch.bfloat16, enabled=bf16):
                 if ours:
                     loss = model(idx, targets, return_logits=False)[1]
                 else:
-                    logits = model(idx).logits
-                    loss = torch.nn.functional.cross_entropy(
-                        logits.flatten(0, 1), targets.flatten()
-                    )
-            (loss / len(data)).backward()
+                    logits = model(idx).logits.flatten(0, 1)
+                    loss = torch.nn.functional.cross_entropy(logits, targets.flatten())
+            (loss / micro_batches).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        yield data.numel() // 1025 * 1024
+        yield micro_batches * rows * T
 
 
 def loading():
@@ -625,18 +593,15 @@ def sides(what, cfg):
         update = 6 * 124e6 + 12 * 12 * 768 * 1024
         limit = ("bf16 matrix product, GFLOP/s", update)
         peer = "nanoGPT's loop, transformers"
+        at_once = {rows: (50257, rows, 480 // rows, 1024, 0.0) for rows in (12, 32)}
         table["train"] = {
             "train 124M, 480 x 1,024, compiled (tokens/s)": [
-                ("ours, 32 at once", training_on_card, True, 32),
-                (peer + ", 12 at once", training_on_card, False, 12),
-                limit,
-            ],
+                ("ours, 32 at once", training, True, *at_once[32]),
+                (f"{peer}, 12 at once", training, False, *at_once[12]), limit],
             "the same, 32 at once (tokens/s)": [
-                ("ours", training_on_card, True, 32),
-                (peer, training_on_card, False, 32),
-                limit,
-            ],
-        }
+                ("ours", training, True, *at_once[32]),
+                (peer, training, False, *at_once[32]), limit],
+        }  # fmt: skip
         table["sample"] = {
             f"decode 124M, batch {rows}, {kind} (tokens/s)": [
                 ("ours", decoding, kind, rows),
