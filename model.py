@@ -117,20 +117,20 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.qkv_bias)
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x, cache=None, position=0, seen=None):
+    def forward(self, x, cache=None, position=0, later=None):
         """x (B, T, C) at positions position .. position + T - 1 -> (B, T, C).
 
         cache (2, B, nh, length, hs) holds the keys and values before `position`; this call adds its
         own. A CUDA graph must not depend on numbers: there T is 1, `position` a tensor (1,), and
-        `seen` (length,) is True up to it.
+        `later` (length,) is True past it.
         """
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, nh, T, hs)
-        p, mask = self.p if self.training else 0.0, seen
+        p, mask = self.p if self.training else 0.0, None
         if cache is not None:
             new = qkv[:, :, 1:].permute(2, 0, 3, 1, 4)  # (2, B, nh, T, hs)
-            if seen is not None:
+            if later is not None:
                 k, v = cache.index_copy_(3, position, new)  # (B, nh, length, hs)
             else:
                 cache[:, :, :, position : position + T] = new
@@ -138,11 +138,10 @@ class CausalSelfAttention(nn.Module):
                 if position and T > 1:
                     mask = torch.ones(T, position + T, dtype=torch.bool, device=x.device)
                     mask = mask.tril(position)
-        if seen is not None or (p and x.device.type == "cpu"):  # no fused kernel is fast there
-            mask = torch.ones(T, T, dtype=torch.bool).tril() if mask is None else mask
-            scores = (q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))).masked_fill(
-                ~mask, -torch.inf
-            )
+        if later is not None or (p and x.device.type == "cpu"):  # no fused kernel is fast there
+            later = torch.ones(T, T, dtype=torch.bool).triu(1) if later is None else later
+            scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, nh, T, keys)
+            scores = scores.masked_fill(later, -torch.inf)
             y = dropout(scores.softmax(-1, dtype=q.dtype), p, True) @ v  # (B, nh, T, hs)
         else:
             causal = T > 1 and position == 0
@@ -171,8 +170,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None, position=0, seen=None):
-        x = x + self.attn(self.ln_1(x), cache, position, seen)
+    def forward(self, x, cache=None, position=0, later=None):
+        x = x + self.attn(self.ln_1(x), cache, position, later)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -192,7 +191,7 @@ class KVCache:
 
 class GraphedStep:
     """A decoding step on an NVIDIA GPU, recorded once and replayed for every further token: it is
-    150 kernels of microseconds, and to start each one from Python takes longer than it runs."""
+    200 kernels of microseconds, and to start each one from Python takes longer than it runs."""
 
     def __init__(self, model, cache, token, position):
         """token (B, 1), position: what the first call will be given."""
@@ -262,14 +261,14 @@ class GPT(nn.Module):
         """idx (B, T) -> (B, T, C) after the last LayerNorm. With a KVCache, `position` is the
         number of tokens before idx that it holds; see CausalSelfAttention."""
         if torch.is_tensor(position):
-            steps, seen = position, torch.arange(cache.kv.size(4), device=idx.device) <= position
+            steps, later = position, torch.arange(cache.kv.size(4), device=idx.device) > position
         else:
             steps = torch.arange(position, position + idx.size(1), device=idx.device)
-            seen = None
+            later = None
         x = self.transformer.wte(idx) + self.transformer.wpe(steps)
         x = dropout(x, self.config.dropout, self.training)
         for i, block in enumerate(self.transformer.h):
-            x = block(x, None if cache is None else cache.kv[i], position, seen)
+            x = block(x, None if cache is None else cache.kv[i], position, later)
         return self.transformer.ln_f(x)
 
     def forward(self, idx, targets=None, return_logits=True):
