@@ -238,6 +238,27 @@ def on_two(cfg):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux's /proc")
+def test_two_processes_leave_no_threads(config, tmp_path):
+    """gloo's threads, once they outlive their group, abort now and then as Python ends."""
+    script = tmp_path / "threads.py"
+    script.write_text(f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+import configurator, train
+train.main(configurator.load(train.Config))
+print("threads", *[(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()])
+""")
+    words = command(config(max_iters=1, batch_size=2))[1:]  # the options alone
+    torchrun = [sys.executable, "-m", TORCHRUN, "--standalone", "--nproc_per_node", "2"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*torchrun, script, *words], capture_output=True, text=True, env=env)
+    assert done.stdout.count("threads") == 2, done.stderr
+    assert "gloo" not in done.stdout
+
+
+@pytest.mark.slow
 def test_two_processes_train_what_one_trains(config, tmp_path):
     """Would catch two independent runs, another data order, doubled output, a loss that is one
     process's own, and a checkpoint that only as many processes as wrote it can resume."""
