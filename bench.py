@@ -40,8 +40,8 @@ And on an NVIDIA H200 (PyTorch 2.11), GPT-2 124M:
   and 30 s later; not kept
 - decoding in bf16: layers that convert 1,054 tokens/s, the whole model in bf16 1,495; kept
 - cuDNN's attention asked for: no difference, it is taken by itself
-- training on tokens that are all as frequent: 540,000 tokens/s instead of 488,000, since a frequent
-  token's embedding gets its gradients one after another; rows use frequencies as in a text
+- training on tokens that are all as frequent: 540,000 tokens/s instead of 488,000 (probably as a
+  frequent token's embedding gets its gradients one after another); rows use a text's frequencies
 """
 
 import json
@@ -541,12 +541,12 @@ class Plain(torch.nn.Module):
 def sides(what, cfg):
     """{row: [(name, generator, its arguments), ...]}, ours first, the peer second; perhaps then
     (a limit of the machine, how much of it one unit of the row costs at least)."""
-    update = 6 * 124e6 + 12 * 12 * 768 * 256  # FLOPs a token: matrices, attention
+    update = {T: 6 * 124e6 + 12 * 12 * 768 * T for T in (256, 1024)}  # FLOPs a token
     table = {
         "train": {
             "train 124M, 2 x 256, dropout 0.1 (tokens/s)": [
                 ("ours", training, True), ("transformers, plain fp32 loop", training, False),
-                ("bf16 matrix product, GFLOP/s", update)],
+                ("bf16 matrix product, GFLOP/s", update[256])],
             "first update of 86M (starts/min)": [
                 ("ours", starting, True, cfg.text), ("the plain loop", starting, False, cfg.text)],
             "reading data against training (tokens/s)": [
@@ -590,8 +590,7 @@ def sides(what, cfg):
         },
     }  # fmt: skip
     if device().type == "cuda":
-        update = 6 * 124e6 + 12 * 12 * 768 * 1024
-        limit = ("bf16 matrix product, GFLOP/s", update)
+        limit = ("bf16 matrix product, GFLOP/s", update[1024])
         peer = "nanoGPT's loop, transformers"
         at_once = {rows: (50257, rows, 480 // rows, 1024, 0.0) for rows in (12, 32)}
         table["train"] = {
@@ -606,10 +605,10 @@ def sides(what, cfg):
             f"decode 124M, batch {rows}, {kind} (tokens/s)": [
                 ("ours", decoding, kind, rows),
                 ("transformers", decoding, f"transformers-{kind}", rows),
-                ("copy, GB/s read and written", bytes / rows),
+                ("copy, GB/s read and written", width * 124e6 / rows),
             ]
             for rows in (1, 16)
-            for kind, bytes in (("fp32", 4 * 124e6), ("bf16", 2 * 124e6))
+            for kind, width in (("fp32", 4), ("bf16", 2))
         }
     long = ("char", "verdict")
     wanted = [k for k in table if k == what or (what == "all" and k not in long)]

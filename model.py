@@ -144,7 +144,7 @@ class CausalSelfAttention(nn.Module):
             scores = scores.masked_fill(later, -torch.inf)
             y = dropout(scores.softmax(-1, dtype=q.dtype), p, True) @ v  # (B, nh, T, hs)
         else:
-            causal = T > 1 and position == 0
+            causal = position == 0 and T > 1
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p, is_causal=causal)
         y = y.transpose(1, 2).reshape(B, T, C)
         return dropout(self.c_proj(y), self.p, self.training)
@@ -185,12 +185,13 @@ class KVCache:
         c, wte = model.config, model.transformer.wte.weight
         length = min(length, c.block_size)
         shape = (c.n_layer, 2, batch_size, c.n_head, length, c.n_embd // c.n_head)
+        # zeros: a GraphedStep multiplies what is not filled by 0, and 0 * NaN is NaN
         self.kv, self.filled = torch.zeros(shape, dtype=wte.dtype, device=wte.device), 0
         self.graph = None
 
 
 class GraphedStep:
-    """A decoding step on an NVIDIA GPU, recorded once and replayed for every further token: it is
+    """A decoding step on an NVIDIA GPU, recorded once and replayed for every further token: some
     200 kernels of microseconds, and to start each one from Python takes longer than it runs."""
 
     def __init__(self, model, cache, token, position):
@@ -374,7 +375,8 @@ class GPT(nn.Module):
             rows, new = (first + chosen // V).flatten(), (chosen % V).view(-1, 1)
             idx = torch.cat((idx[rows], new), dim=1)
             if cache is not None:
-                cache.kv.copy_(cache.kv[:, :, rows])
+                held = cache.kv[..., : cache.filled, :]  # in place: a GraphedStep writes there
+                held.copy_(held[:, :, rows])
             if eos_id is not None:
                 ended = ended.flatten()[rows].view(B, K) | (new.view(B, K) == eos_id)
                 if ended.gather(1, score.argmax(dim=1, keepdim=True)).all():  # scores only fall

@@ -165,7 +165,8 @@ def main(cfg, accelerator, make_optimizers):
         f"{size(flops(model, cfg, tokens), 'FLOP')} in all\n"
         f"tokens       {iteration * cards:,} an iteration, {iters:,} iterations, {tokens:,} in all"
         + (f", {tokens / train_tokens:.2f} epochs" if train_tokens else "")
-        + f"\nmemory       {size(parts['peak'])} at most ({device.type}, precision {precision})")  # fmt: skip  # noqa: E501
+        + f"\nmemory       {size(parts['peak'])} at most "
+        f"({device.type}, precision {precision})")  # fmt: skip
     for part, count in parts.items():
         if count and part != "peak":
             say(f"  {part:13}{size(count)}")
@@ -185,7 +186,8 @@ def main(cfg, accelerator, make_optimizers):
             "evaluations left out")  # fmt: skip
     width = 4 if cfg.mixed_precision == "no" else 2  # what `auto` is on a card
     say(f"the same {tokens:,} tokens on cards, {8 * width}-bit products, fused attention; "
-        "memory and bytes sent are a card's, the hours assume that no exchange costs time")  # fmt: skip  # noqa: E501
+        "memory and bytes sent are a card's, "
+        "the hours assume that no exchange costs time")  # fmt: skip
     say(f"{'cards':>5}  {'iterations':>10}  {'DDP memory':>10}  {'sent / it':>9}  "
         f"{'FSDP memory':>11}  {'sent / it':>9}  {'hours':>8}")  # fmt: skip
     for n in (1, 8, 64):

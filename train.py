@@ -125,7 +125,8 @@ def check_data(cfg, data, vocab_size, rows):
         file = f"{cfg.data_dir}/{cfg.dataset}/{split}.npy"
         if len(tokens) < cfg.block_size + 1:
             fail(f"{file} has {len(tokens):,} tokens, too few for one window of --block_size "
-                 f"{cfg.block_size} + 1; use --block_size {max(1, len(tokens) - 1)} or more text")  # fmt: skip  # noqa: E501
+                 f"{cfg.block_size} + 1; "
+                 f"use --block_size {max(1, len(tokens) - 1)} or more text")  # fmt: skip
         if split == "train" and n_windows(tokens, cfg.block_size) < rows:
             fail(f"{file} has {n_windows(tokens, cfg.block_size)} windows of {cfg.block_size} "
                  f"tokens, fewer than the {rows} sequences of one iteration; lower --batch_size, "
@@ -193,11 +194,8 @@ def make_optimizers(model, cfg, device):
         known = {id(p) for p in hidden}
         matrices = [p for p in matrices if id(p) not in known]
         # match_rms_adamw: updates as large as AdamW's, so one learning rate serves both
-        optimizers.append(
-            torch.optim.Muon(
-                hidden, cfg.learning_rate, cfg.weight_decay, adjust_lr_fn="match_rms_adamw"
-            )
-        )
+        optimizers.append(torch.optim.Muon(hidden, cfg.learning_rate, cfg.weight_decay,
+                                           adjust_lr_fn="match_rms_adamw"))  # fmt: skip
     groups = [
         {"params": matrices, "weight_decay": cfg.weight_decay},
         {"params": vectors, "weight_decay": 0.0},

@@ -38,12 +38,12 @@ def slow(tensors, path):
 train.save_file = slow
 train.main(configurator.load(train.Config, sys.argv[1:]))
 """
-RESUME_AND_SAMPLE = """
+SAMPLE_AND_RESUME = """
 import contextlib, sys, sample, train, configurator
+with contextlib.suppress(SystemExit):  # first: the other may leave a newer, clean checkpoint
+    sample.main(sample.Config("out/poison", start="a", max_new_tokens=2))
 with contextlib.suppress(SystemExit):
     train.main(configurator.load(train.Config, sys.argv[1:]))
-with contextlib.suppress(SystemExit):
-    sample.main(sample.Config("out/poison", start="a", max_new_tokens=2))
 print("end")
 """
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -180,7 +180,7 @@ def poisoned(folder):
                      if p.name != "SHA256SUMS"]  # fmt: skip
             (checkpoint / "SHA256SUMS").write_text("".join(lines))
         again = [*options, "--resume=True", "--max_iters=5"]
-        both = [sys.executable, "-c", RESUME_AND_SAMPLE, *again]
+        both = [sys.executable, "-c", SAMPLE_AND_RESUME, *again]
         done = subprocess.run(both, cwd=folder, env=ENV, capture_output=True, text=True)
         assert not marker.exists(), f"{name}: code ran"
         assert "Traceback" not in done.stderr and "end\n" in done.stdout, f"{name}: {done.stderr}"

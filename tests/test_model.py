@@ -332,7 +332,9 @@ def test_cache_filled_in_chunks(chunks):
 def test_cache_with_the_position_in_a_tensor():
     """What a CUDA graph records: no place of it may depend on a number that Python saw once."""
     ours, idx, place = make(), tokens(3, 8), torch.tensor([4])
+    torch.use_deterministic_algorithms(True)  # memory that nobody wrote is NaN
     cache = KVCache(ours, 3, 8)
+    torch.use_deterministic_algorithms(False)
     with torch.no_grad():
         ours.hidden(idx[:, :4], cache)
         for end in range(4, 8):
@@ -342,12 +344,11 @@ def test_cache_with_the_position_in_a_tensor():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
-@pytest.mark.parametrize("kind", ["fp32", "bf16", "packed"])
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
 def test_cuda_graph(kind):
     """A graph replayed past block_size, for rows, beams and a second prompt; and two graphs whose
     texts grow in turns must not write into each other's memory."""
-    ours = make().to("cuda", torch.bfloat16 if kind == "bf16" else torch.float32)
-    ours = model_module.pack(ours, "bf16") if kind == "packed" else ours
+    ours = make().cuda() if kind == "fp32" else model_module.pack(make().cuda(), kind)
     for rows, how in ((1, dict(temperature=0)), (3, dict(top_k=5)), (3, dict(num_beams=3))):
         for length in (1, 5):
             idx = tokens(rows, length).cuda()

@@ -24,7 +24,7 @@ import runtime
 import train
 
 ROOT = Path(__file__).parent.parent
-TORCHRUN = "torch.distributed.run"
+TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 TINY = dict(block_size=16, n_layer=2, n_head=2, n_embd=32, batch_size=4, max_iters=8)
 TINY |= dict(warmup_iters=2, eval_iters=2, log_interval=1, sample_tokens=0, mixed_precision="no")
 TINY |= dict(optimizer="adamw", learning_rate=1e-3)  # Muon is in bf16: sums differ past 1e-5
@@ -232,7 +232,7 @@ def test_epochs_set_the_iterations(config):
 
 def on_two(cfg):
     """Run train.py on two processes; returns what it printed."""
-    done = run(cfg, sys.executable, "-m", TORCHRUN, "--standalone", "--nproc_per_node", "2")
+    done = run(cfg, *TWO)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -251,9 +251,8 @@ train.main(configurator.load(train.Config))
 print("threads", *[(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()])
 """)
     words = command(config(max_iters=1, batch_size=2))[1:]  # the options alone
-    torchrun = [sys.executable, "-m", TORCHRUN, "--standalone", "--nproc_per_node", "2"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*torchrun, script, *words], capture_output=True, text=True, env=env)
+    done = subprocess.run([*TWO, script, *words], capture_output=True, text=True, env=env)
     assert done.stdout.count("threads") == 2, done.stderr
     assert "gloo" not in done.stdout
 
@@ -416,7 +415,7 @@ def test_a_signal_to_one_of_two_processes_stops_both(config):
     """Would catch a process that stops before the others have heard of it: they wait for ever then,
     as they did when each looked at its own flag."""
     cfg = config(max_iters=100_000, batch_size=2)
-    words = command(cfg, sys.executable, "-m", TORCHRUN, "--standalone", "--nproc_per_node", "2")
+    words = command(cfg, *TWO)
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=env) as both:
         timer = threading.Timer(90, both.kill)  # they wait for each other where this fails
