@@ -1,88 +1,125 @@
 """A Config dataclass + config files + the command line -> one checked Config.
 
-    python train.py config/verdict.py --max_iters 10 --compile=True
+    python train.py config/verdict.py --max_iters 10 --compile
 
 Leading words are config files: Python, run in order, whose public names must be fields of Config.
-Options come last and win. `--help` prints the comments that stand beside the fields.
+Options come last; what is said last wins. `--help` prints the comments that stand beside the
+fields. A Config may name `RETIRED` options {old: new} and `ALTERNATIVES`, groups of fields that
+set one thing (max_iters, max_epochs): the last one said unsets the others.
 """
 
-import ast
 import contextlib
 import dataclasses
-import difflib
 import io
 import os
 import runpy
+import subprocess
 import sys
-import typing
+import traceback
+import types
+from importlib import metadata
 
-import typeguard
 import tyro
 
 
-def fail(message, code=1):
-    """End the program with one line. code: 2 for a wrong command line or config, 1 for the rest."""
-    if os.environ.get("RANK", "0") == "0":  # of several processes the first speaks for all
-        print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
-    raise SystemExit(code)
+def usage_error(message):
+    """End the program with one line and exit code 2, as a command line parser does."""
+    if os.environ.get("RANK", "0") == "0" or "MASTER_ADDR" not in os.environ:
+        print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    raise SystemExit(2)
 
 
-def at_least(cfg, minimum, *names):
-    """Fail unless each named field of `cfg` is a number of at least `minimum`."""
-    for name in names:
-        if not minimum <= getattr(cfg, name) < float("inf"):  # nan and inf fail too
-            fail(f"--{name} must be {minimum} or more, not {getattr(cfg, name)}", 2)
-
-
-def read_config_file(path, config_class):
-    """Run one config file and return its public names as a dict, each checked by name and type."""
+def read_config_file(path):
+    """Run one config file and return what it sets, as command line options."""
     if not os.path.isfile(path):
-        fail(f"config file {path!r} is not there; options start with --, as --seed=1 does", 2)
+        usage_error(f"config file {path!r} is not there; options start with --, as --seed=1 does")
     try:
         names = runpy.run_path(path)
-        with open(path, "rb") as f:
-            nodes = ast.walk(ast.parse(f.read()))
     except (Exception, SystemExit) as error:  # it is the user's program: anything can happen in it
-        fail(f"config file {path}: {type(error).__name__}: {error}", 2)
-    imports = [n.names for n in nodes if isinstance(n, ast.Import | ast.ImportFrom)]
-    free = {name.asname or name.name.partition(".")[0] for some in imports for name in some}
-    declared, values = typing.get_type_hints(config_class), {}
+        frames = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+        if isinstance(error, SyntaxError) and error.filename == path:
+            frames = [error.lineno]
+        line = (frames or ["?"])[-1]
+        usage_error(f"config file {path}, line {line}: {type(error).__name__}: {error}")
+    options = []
     for name, value in names.items():
-        if name not in declared and (name.startswith("_") or name in free or callable(value)):
+        if name.startswith("_") or isinstance(value, types.ModuleType) or callable(value):
             continue
-        if name not in declared:
-            near = difflib.get_close_matches(name, declared, n=1) or [", ".join(declared)]
-            fail(f"{path}: unknown name {name}; the nearest valid name is {near[0]}", 2)
-        want = declared[name]
-        try:
-            typeguard.check_type(value, want)
-            if isinstance(value, bool) and bool not in (want, *typing.get_args(want)):
-                raise typeguard.TypeCheckError("a bool is no number here")
-            values[name] = float(value) if want is float else value
-        except (typeguard.TypeCheckError, OverflowError):
-            want = want if typing.get_origin(want) else want.__name__
-            fail(f"{path}: {name} must be {want}, not {value!r} ({type(value).__name__})", 2)
-    return values
+        several = isinstance(value, list | tuple)
+        options += [f"--{name}", *map(str, value)] if several else [f"--{name}={value}"]
+    return options
 
 
-def load(config_class, argv=None):
-    """Return config_class with config files and options applied; wrong input exits with code 2."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    values = {}
-    while argv and not argv[0].startswith("-"):
-        values |= read_config_file(argv.pop(0), config_class)
-    said = io.StringIO()
+def parse(config_class, options, default, place):
+    """`default` with `options` applied. Returns (Config, the names that were given)."""
+    fields = {f.name: f.type for f in dataclasses.fields(config_class)}
+    spelled, names = [], []
+    for i, option in enumerate(options):
+        spelled.append(option)
+        if not option.startswith("--"):
+            continue
+        name = option[2:].partition("=")[0].replace("-", "_")
+        names.append(name)
+        new = getattr(config_class, "RETIRED", {}).get(name)
+        if new and name not in fields:
+            usage_error(f"{place}--{name} is now {new}")
+        alone = i + 1 == len(options) or options[i + 1].startswith("--")
+        if fields.get(name) in (bool, "bool") and "=" not in option and alone:
+            spelled.append("True")  # --resume is short for --resume=True
+    for group in getattr(config_class, "ALTERNATIVES", ()):
+        said = [name for name in group if name in names]
+        if len(said) > 1:
+            usage_error(f"{place}{' and '.join('--' + n for n in said)} set the same; give one")
+        if said:
+            defaults = {f.name: f.default for f in dataclasses.fields(config_class)}
+            default = dataclasses.replace(default, **{n: defaults[n] for n in group})
+    printed = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
-            default, flags = config_class(**values), (tyro.conf.FlagConversionOff,)
-            return tyro.cli(
-                config_class, args=argv, default=default, config=flags, use_underscores=True
-            )
+        with contextlib.redirect_stderr(printed):
+            cfg = tyro.cli(config_class, args=spelled, default=default, use_underscores=True,
+                           config=(tyro.conf.FlagConversionOff,))
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-        lines = [line.strip("│ ") for line in said.getvalue().splitlines()[1:]]  # 0: a headline
-        fail(" ".join(line for line in lines if line.strip("─-╰╯")), 2)  # tyro draws a box
+        lines = [line.strip("│ ") for line in printed.getvalue().splitlines()[1:]]  # 0: headline
+        usage_error(place + " ".join(line for line in lines if line.strip("─-╰╯")))  # drawn box
+    return cfg, names
+
+
+def load(config_class, argv=None):
+    """Return config_class with config files and options applied; wrong input exits with code 2.
+
+    The result's attribute `given` is the set of names that were said anywhere.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if "--version" in argv:
+        print_versions()
+        raise SystemExit(0)
+    cfg, given = config_class(), set()
+    while argv and not argv[0].startswith("-"):
+        path = argv.pop(0)
+        cfg, names = parse(config_class, read_config_file(path), cfg, f"config file {path}: ")
+        given |= set(names)
+    cfg, names = parse(config_class, argv, cfg, "")
+    cfg.given = given | set(names)
+    return cfg
+
+
+def commit():
+    """The commit of this checkout, '' where it is none."""
+    command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always"]
+    with contextlib.suppress(OSError):  # no git
+        return subprocess.run([*command, "--dirty"], capture_output=True, text=True,
+                              check=False).stdout.strip()
+    return ""
+
+
+def print_versions():
+    """The commit of this checkout and the versions of what it computes with."""
+    print("commit", commit() or "unknown")
+    print(f"python {sys.version.split()[0]}")
+    for package in ("torch", "numpy", "accelerate", "transformers", "tokenizers", "tiktoken"):
+        print(package, metadata.version(package))
 
 
 def changed(cfg):

@@ -1,19 +1,21 @@
-"""Fine-tune BERT on pairs of sentences: do the two say the same (MRPC)?
+"""Fine-tune BERT on pairs of sentences: do the two mean the same (MRPC)?
 
-    python finetune_mrpc.py config/mrpc.py                    # bert-base-uncased, GLUE from the hub
-    python finetune_mrpc.py --model FOLDER --train_file train.tsv --validation_file dev.tsv
-    torchrun --nproc_per_node 2 finetune_mrpc.py ...          # two GPUs, or two processes on a CPU
-    python finetune_mrpc.py --eval_only=True --validation_file dev.tsv
+    python finetune_mrpc.py config/mrpc.py                # bert-base-uncased, GLUE from the hub
+    python finetune_mrpc.py --model=FOLDER --train_file=train.tsv --test_file=test.tsv
+    python finetune_mrpc.py --train_file=qqp.tsv --columns=question1,question2,is_duplicate
+    torchrun --nproc_per_node 2 finetune_mrpc.py ...      # two GPUs, or two processes on a CPU
+    python finetune_mrpc.py --eval_only --validation_file=dev.tsv
     python finetune_mrpc.py --predict "He sold the firm." "The firm was sold by him."
+    python finetune_mrpc.py --compare out/a out/b         # McNemar's test on their predictions
 
-Writes out/mrpc/: best/ (a transformers folder), checkpoint-*, log.csv, loss.png, results.json,
-predictions.tsv (worst mistakes first), confusion.png.
+Writes out/mrpc/: best/ (a transformers folder), checkpoint-*, run.json, log.csv, loss.png,
+results.json, predictions.tsv (worst mistakes first), confusion.png.
 """
 
-from dataclasses import asdict, dataclass, replace
-from typing import Literal
+from dataclasses import asdict, dataclass, fields, replace
+from typing import ClassVar, Literal
 
-from configurator import at_least, changed, fail, load
+from configurator import changed, load
 
 
 @dataclass
@@ -23,31 +25,39 @@ class Config:
     # model and data
     model: str = "bert-base-uncased"  # hub name or folder; one made by train_roberta.py will do
     train_file: str = ""  # TSV, CSV, JSONL or parquet; no file at all: GLUE MRPC from the hub
-    validation_file: str = ""  # none beside a train_file: a fixed stratified tenth of that
+    validation_file: str = ""  # chooses the epoch; none: a fixed stratified tenth of train_file
     test_file: str = ""  # scored once, at the end
+    columns: str = "sentence1,sentence2,label"  # the two texts and the label, of any kind
     max_length: int = 0  # tokens a pair, the rest is cut off; 0: as many as the model takes
     # training
-    epochs: int = 3  # passes over the training pairs, an evaluation after each
-    max_steps: int = 0  # stop after so many updates; 0: the whole recipe, whose decay always holds
+    max_epochs: int = 3  # passes over the training pairs, an evaluation after each
+    max_iters: int = 0  # stop early; the learning rate still falls as if for all of max_epochs
     batch_size: int = 8  # pairs that a process computes at once
-    gradient_accumulation_steps: int = 1  # such batches a process and update
+    gradient_accumulation_steps: int = 1  # such batches a process and iteration
     length_window: int = 32  # batches among which pairs are grouped by length; 0: shuffled only
-    lr: float = 5e-5  # falls linearly to 0
+    both_orders: bool = False  # swap a pair's texts every other epoch; average at prediction
+    learning_rate: float = 5e-5  # the highest; falls linearly to 0
+    warmup_iters: int = 0  # iterations in which it rises to that
+    layer_decay: float = 1.0  # learning rate of a layer / that of the layer above it
     weight_decay: float = 0.01  # on everything, as torch's AdamW does
     grad_clip: float = 0.0  # largest norm of the gradient; 0: off
-    mixed_precision: Literal["auto", "fp16", "bf16", "no"] = "auto"  # auto: what this device likes
+    mixed_precision: Literal["auto", "fp16", "bf16", "no"] = "auto"  # auto: what is fast here
     seed: int = 42  # of the new head, the order of the pairs and dropout
     seeds: str = ""  # "1,2,3": one run for each, then mean and deviation
     # evaluation
     eval_batch_size: int = 32  # changes the speed, not the result
     eval_only: bool = False  # score out_dir/best, or a --model that is fine-tuned already
-    predict: tuple[str, ...] = ()  # a FILE of pairs, or two sentences; the model as in eval_only
+    predict: tuple[str, ...] = ()  # a FILE of pairs, or two texts; the model as in eval_only
+    compare: tuple[str, ...] = ()  # two run folders, or predictions.tsv files, of the same pairs
     # run folder
     out_dir: str = "out/mrpc"  # everything is written here
-    log_interval: int = 25  # updates between two rows of log.csv
+    log_interval: int = 25  # iterations between two rows of log.csv
     keep_checkpoints: int = 2  # the newest ones
-    resume: bool = False  # go on from the newest whole checkpoint of out_dir
+    resume: bool = False  # continue from the newest intact checkpoint, with its settings
     overwrite: bool = False  # start again in a folder that holds a run
+
+    RETIRED: ClassVar = {"epochs": "--max_epochs", "max_steps": "--max_iters",
+                         "lr": "--learning_rate"}
 
 
 if __name__ == "__main__":
@@ -58,37 +68,34 @@ import csv
 import hashlib
 import json
 import math
+import re
 import shutil
-import statistics
 import time
 from pathlib import Path
 
-import huggingface_hub
+import numpy
 import pandas
 import torch
 import transformers
-from accelerate.utils import broadcast_object_list
-from sklearn.metrics import accuracy_score, f1_score
 from sklearn.model_selection import train_test_split
 from torch.nn.functional import cross_entropy
 
 import runtime
-from runtime import say
+from runtime import UserError, check_range, derive_seed, print0, run_script
 
-LABELS = {0: "not_equivalent", 1: "equivalent"}
 COLUMNS = ["sentence1", "sentence2", "label"]
-ORIGINAL = {"#1 String": "sentence1", "#2 String": "sentence2", "Quality": "label"}  # MSR's names
+MSR_COLUMNS = {"#1 String": "sentence1", "#2 String": "sentence2", "Quality": "label"}
+MRPC_NAMES = {"0": "not_equivalent", "1": "equivalent"}
 METRICS = ["accuracy", "f1", "accuracy_f1_mean"]
+OUTPUTS = ["results.json", "predictions.tsv", "test-predictions.tsv", "confusion.png"]
 
 # ---------------------------------------------------------------------------------------------
 # pairs
 
 
-def read_pairs(path, wanted=COLUMNS):
-    """The pairs of a TSV, CSV, JSONL or parquet file as a table with the columns `wanted`.
-
-    Between tabs a quotation mark is text, as in the original corpus. A bad row ends the program.
-    """
+def read_pairs(path, columns=COLUMNS):
+    """The `columns` (two texts, perhaps labels) of a TSV, CSV, JSONL or parquet file, as a table
+    with the names COLUMNS. Between tabs a quotation mark is text, as in the original corpus."""
     try:
         if path.endswith(".parquet"):
             table = pandas.read_parquet(path)
@@ -96,105 +103,321 @@ def read_pairs(path, wanted=COLUMNS):
             table = pandas.read_json(path, lines=True, dtype=False)
         else:
             with open(path, encoding="utf-8-sig") as f:
-                tabs = "\t" in f.readline()
-            options = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}
-            options |= {"sep": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
-            table = pandas.read_csv(path, **options)
+                tabs = {"sep": "\t", "quoting": csv.QUOTE_NONE} if "\t" in f.readline() else {}
+            table = pandas.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig",
+                                    **tabs)
             if not isinstance(table.index, pandas.RangeIndex):  # pandas makes row names of them
                 raise ValueError("more cells in a row than in the header")
     except (OSError, ValueError) as error:
-        fail(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}")
-    table = table.rename(columns=ORIGINAL)
-    for column in wanted:
-        if column not in table and len(table.columns):
-            fail(f"{path} has no column {column}, only {', '.join(map(str, table))}; it needs "
-                 f"{', '.join(wanted)} or the original {', '.join(ORIGINAL)}")  # fmt: skip
-    if not len(table):
-        fail(f"{path} holds no pairs, only a header or nothing")
-    table = table[wanted].copy()
-    for column in wanted[:2]:
-        for row, text in enumerate(table[column], 1):
-            if not isinstance(text, str) or not text.strip():
-                fail(f"{path}, pair {row}: {column} is empty")
-    if "label" in wanted:
-        labels = [{"0": 0, "1": 1, "0.0": 0, "1.0": 1}.get(str(v).strip()) for v in table.label]
-        if None in labels:
-            row = labels.index(None)
-            fail(f"{path}, pair {row + 1}: the label is {table.label[row]!r}; it must be 0 or 1")
-        table["label"] = labels
+        reason = getattr(error, "strerror", None) or runtime.first_line(error)
+        raise UserError(f"{path} cannot be read: {reason}") from error
+    if table.empty:
+        raise UserError(f"{path} holds no pairs, only a header or nothing")
+    table = table.rename(columns={old: new for old, new in MSR_COLUMNS.items()
+                                  if old not in columns and new not in table})
+    for column in columns:
+        if column not in table:
+            raise UserError(f"{path} has no column {column}, only {', '.join(map(str, table))}; "
+                            "name the two texts and the label: --columns=FIRST,SECOND,LABEL")
+    table = table[columns].set_axis([*COLUMNS, "prediction"][: len(columns)], axis=1)
+    for name, column in zip(table, columns, strict=True):
+        if name not in COLUMNS[:2]:  # 1, 1.0 and " 1 " are one label; -1 is GLUE's "unknown"
+            labels = table[name].astype(object).fillna("").map(str).str.strip().replace("-1", "")
+            table[name] = labels.str.replace(r"^0*(\d+)(\.0+)?$", r"\1", regex=True)
+        for row, cell in enumerate(table[name], 1):
+            if not isinstance(cell, str) or not cell.strip():
+                raise UserError(f"{path}, pair {row}: {column} is empty")
     return table
 
 
 def load_pairs(cfg):
-    """{'train': table, 'validation': table, perhaps 'test'}, from the files or else the hub."""
+    """({'train': table, 'validation': table, perhaps 'test'}, {label in the file: its name}), from
+    the files or else the hub. In the tables a label is its place among the labels."""
     files = {"train": cfg.train_file, "validation": cfg.validation_file, "test": cfg.test_file}
-    data = {split: read_pairs(path) for split, path in files.items() if path}
+    columns = cfg.columns.split(",")
+    data = {split: read_pairs(path, columns) for split, path in files.items() if path}
     if not data or ("train" not in data and not cfg.eval_only):
-        say("pairs: GLUE MRPC from the hub, nyu-mll/glue")
-        try:
-            import datasets
+        with loading("nyu-mll/glue"):  # MRPC's pairs, from the hub
+            import datasets  # takes a second
 
             hub = datasets.load_dataset("nyu-mll/glue", "mrpc").with_format("pandas")
-        except Exception as error:  # no network, a proxy, a full disk: the way out is the same
-            fail(f"no GLUE MRPC from the hub ({type(error).__name__}: {error}); give --train_file "
-                 f"and --validation_file, and a local folder as --model")  # fmt: skip
-        hub = {split: hub[split][:][COLUMNS] for split in files}
-        data = {split: table for split, table in hub.items() if table.label.min() >= 0} | data
+        tables = {split: hub[split][:][COLUMNS] for split in files}
+        data = {split: table.astype({"label": str}) for split, table in tables.items()
+                if table.label.min() >= 0} | data  # -1: GLUE keeps the labels to itself
+    if not data.keys() & {"train", "validation"}:
+        raise UserError("nothing to score: give --validation_file")
+    counts = data["train" if "train" in data else "validation"].label.value_counts()
+    if set(counts.index) <= set(MRPC_NAMES):  # also where one of the two never occurs
+        labels = MRPC_NAMES if columns == COLUMNS else {"0": "0", "1": "1"}
+    else:
+        numbers = all(label.isdecimal() for label in counts.index)
+        labels = {label: label for label in sorted(counts.index, key=int if numbers else None)}
+    for split, table in data.items():
+        for row, label in enumerate(table.label, 1):
+            once = split == "train" and counts[label] == 1 and label not in MRPC_NAMES
+            if once or label not in labels:  # a typo, or a column of numbers
+                raise UserError(f"{files[split]}, pair {row}: the label {label!r} is in no other "
+                                f"training pair; known are {', '.join(labels)}"[:300])
+        data[split] = table.assign(label=table.label.map(list(labels).index))
     if "validation" not in data:
-        if "train" not in data:
-            fail("nothing to score: give --validation_file")
         try:
             data["train"], data["validation"] = train_test_split(
-                data["train"], test_size=0.1, random_state=0, stratify=data["train"].label
-            )
+                data["train"], test_size=0.1, random_state=0, stratify=data["train"].label)
         except ValueError as error:
-            fail(f"no tenth of {cfg.train_file} for validation ({error}): give --validation_file")
-        say(f"no --validation_file: a fixed stratified tenth of {cfg.train_file} is held out")
-    say("pairs: " + ", ".join(f"{len(table):,} {split}" for split, table in data.items()))
-    return data
+            raise UserError(f"no tenth of {cfg.train_file} for validation "
+                            f"({runtime.first_line(error)}): give --validation_file") from error
+        print0(f"no --validation_file: a fixed stratified tenth of {cfg.train_file} is held out")
+    print0("pairs:", ", ".join(f"{len(table):,} {split}" for split, table in data.items()),
+           f"labelled {', '.join(labels.values())}")
+    return data, labels
 
 
-def attention(device_type):
-    """transformers' attention for this device; None: its default. On a CPU sdpa takes 1.4 times as
-    long as eager (2 cores, bf16)."""
-    return "eager" if device_type == "cpu" else None
+@contextlib.contextmanager
+def loading(name):
+    """One clear error for whatever goes wrong while `name`, a folder or of the hub, is loaded."""
+    if not Path(name).is_dir():
+        from prepare import require_network  # here: local files need nothing of prepare
 
-
-def load_model(name, accelerator, finetuned=False):
-    """(model, tokenizer) of a hub name or folder. finetuned: its head must be there already."""
-    options = {"id2label": LABELS, "label2id": {v: k for k, v in LABELS.items()}}
-    options["attn_implementation"] = attention(accelerator.device.type)
+        # an error at once, not after half a minute of retries
+        require_network("huggingface.co", f"{name} is no folder here; give a local one as --model, "
+                        "and --train_file; or HF_HUB_OFFLINE=1 for what was downloaded before")
     try:
-        with accelerator.local_main_process_first():
-            model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
-                name, num_labels=2, dtype=torch.float32, output_loading_info=True, **options
-            )
-            types = ["token_type_ids"] * (getattr(model.config, "type_vocab_size", 0) > 1)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                name, model_input_names=["input_ids", *types, "attention_mask"]
-            )
-    except Exception as error:  # anything can be wrong with a stranger's folder
-        fail(f"cannot load the model {name} ({str(error).strip().splitlines()[0]}); without "
-             f"network give a local folder as --model")  # fmt: skip
-    new = sorted(info["missing_keys"])
-    if finetuned and new:
-        fail(f"{name} is not fine-tuned on pairs, it has no {new[0]}; train it first")
+        yield
+    except Exception as error:  # anything can be wrong with a stranger's folder or a cache
+        raise UserError(f"cannot load {name} ({runtime.first_line(error)}); without network give "
+                        "--train_file and a local folder as --model") from error
+
+
+# ---------------------------------------------------------------------------------------------
+# model
+
+
+def load_model(name, accelerator, names=None):
+    """(model, tokenizer) of a hub name or folder. names: those of the labels that a new head is
+    made for; None: the model must be fine-tuned already."""
+    # On a CPU sdpa takes 1.4 times as long as eager (2 cores, bf16).
+    options = {"attn_implementation": "eager" if accelerator.device.type == "cpu" else None,
+               "dtype": torch.float32, "output_loading_info": True}
+    with loading(name), accelerator.local_main_process_first():
+        config = transformers.AutoConfig.from_pretrained(name)
+        own = {str(label).lower() for label in config.id2label.values()}
+        if names and own != {label.lower() for label in names}:
+            options["ignore_mismatched_sizes"] = len(own) != len(names)  # another task's head
+            config.id2label = dict(enumerate(names))
+            config.label2id = {label: i for i, label in enumerate(names)}
+        model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+            name, config=config, **options)
+        types = ["token_type_ids"] * (getattr(config, "type_vocab_size", 0) > 1)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            name, model_input_names=["input_ids", *types, "attention_mask"])
+    new = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    if new and not names:
+        raise UserError(f"{name} is not fine-tuned on pairs, it has no {new[0]}; train it first")
     if tokenizer.pad_token_id is None:
-        fail(f"the tokenizer of {name} has no padding token; choose a model like BERT")
-    if not finetuned:
-        size = f"{model.num_parameters() / 1e6:.1f}M parameters"
-        say(f"model: {name}, {size}, new: {', '.join(new) or 'nothing'}")
+        raise UserError(f"the tokenizer of {name} has no padding token; choose a model like BERT")
+    print0(f"model: {name}, {model.num_parameters() / 1e6:.1f}M parameters, "
+           f"new: {', '.join(new) or 'nothing'}")
     return model, tokenizer
 
 
-def encode(model, tokenizer, table, max_length):
-    """A list of {input_ids, attention_mask, labels}, one a pair, not padded."""
-    room = getattr(model.config, "max_position_embeddings", 512)
-    room -= (getattr(model.config, "pad_token_id", 0) or 0) + 1  # RoBERTa's positions start there
-    columns = tokenizer(list(table.sentence1), list(table.sentence2), truncation=True,
-                        max_length=min(max_length or room, room))  # fmt: skip
-    columns["labels"] = list(table.label) if "label" in table else [0] * len(table)
+def label_ids(model, labels):
+    """The model's id of each of `labels`: by name where the names match, else by number. A model
+    may count its labels in another order than the file."""
+    own = {str(name).lower(): int(i) for i, name in model.config.id2label.items()}
+    for spelled in (labels.values(), labels):
+        if all(name.lower() in own for name in spelled):
+            return [own[name.lower()] for name in spelled]
+    if all(label.isdecimal() and int(label) < len(own) for label in labels):
+        return [int(label) for label in labels]
+    raise UserError(f"the pairs are labelled {', '.join(labels)}, but the model knows "
+                    f"{', '.join(own)}; rename the labels in one of them")
+
+
+def encode(cfg, model, tokenizer, table, swap=False, ids=()):
+    """A list of {input_ids, attention_mask, ...}, one a pair, not padded. swap: the second text
+    first. ids: add the labels, by the model's ids."""
+    limit = getattr(model.config, "max_position_embeddings", 512)
+    for name, module in model.named_modules():
+        padding = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and padding is not None:
+            limit -= padding + 1  # RoBERTa's positions start behind the padding's
+    if cfg.max_length > limit:
+        raise UserError(f"--max_length is {cfg.max_length}; the model takes {limit} tokens", 2)
+    first, second = COLUMNS[1::-1] if swap else COLUMNS[:2]
+    columns = tokenizer(list(table[first]), list(table[second]), truncation=True,
+                        max_length=cfg.max_length or min(limit, tokenizer.model_max_length))
+    if ids:
+        columns["labels"] = [ids[label] for label in table.label]
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def make_optimizer(cfg, model):
+    """AdamW (bias-corrected). A group's `lr_scale` is layer_decay ** (layers above it)."""
+    n_layer = getattr(model.config, "num_hidden_layers", 0)
+    groups = {}
+    for name, parameter in model.named_parameters():
+        layer = re.search(r"\.layers?\.(\d+)\.", name)
+        above = n_layer - 1 - int(layer[1]) if layer else n_layer * ("embeddings" in name)
+        groups.setdefault(cfg.layer_decay**above, []).append(parameter)
+    groups = [{"params": group, "lr_scale": scale} for scale, group in groups.items()]
+    return torch.optim.AdamW(groups, cfg.learning_rate, weight_decay=cfg.weight_decay,
+                             fused=model.device.type in ("cpu", "cuda"))
+
+
+# ---------------------------------------------------------------------------------------------
+# evaluation
+
+
+@torch.no_grad()
+def predict(cfg, accelerator, model, tokenizer, table):
+    """Logits (n, labels) in fp32 on the CPU, in the order of `table`, the same in every process."""
+    collate = transformers.DataCollatorWithPadding(tokenizer)
+    logits = torch.zeros(len(table), model.config.num_labels, device=accelerator.device)
+    orders = (False, True) if getattr(model.config, "both_orders", False) else (False,)
+    model.eval()
+    for swap in orders:
+        pairs = encode(cfg, model, tokenizer, table, swap)
+        rows = sorted(range(len(pairs)), key=lambda i: len(pairs[i]["input_ids"]))
+        size = cfg.eval_batch_size
+        batches = [rows[i : i + size] for i in range(0, len(rows), size)]
+        for batch in batches[accelerator.process_index :: accelerator.num_processes]:
+            inputs = collate([pairs[i] for i in batch]).to(accelerator.device)
+            with accelerator.autocast():
+                logits[batch] += model(**inputs).logits.float() / len(orders)  # (B, labels)
+    model.train()
+    logits = accelerator.reduce(logits).cpu()  # a row is 0 in all processes but the one that had it
+    if not logits.isfinite().all():
+        raise UserError("the model's answers are not finite numbers; its weights are damaged")
+    return logits
+
+
+def scores(counts):
+    """{metric: (...)} of confusion matrices (..., label, prediction). F1 is that of the second
+    label where there are two, else the mean over the labels."""
+    right = counts.diagonal(axis1=-2, axis2=-1)  # (..., labels)
+    f1 = 2 * right / numpy.maximum(counts.sum(-1) + counts.sum(-2), 1)
+    f1 = f1[..., 1] if counts.shape[-1] == 2 else f1.mean(-1)
+    accuracy = right.sum(-1) / counts.sum((-1, -2))
+    return dict(zip(METRICS, (accuracy, f1, (accuracy + f1) / 2), strict=True))
+
+
+def calibration_error(logits, truth):
+    """Expected calibration error, 10 bins (arXiv 1706.04599): mean |confidence - accuracy|."""
+    sure, guess = logits.softmax(-1).max(-1)
+    gaps = sure - (guess == truth).float()
+    bins = (sure * 10).long().clamp(max=9)
+    return torch.zeros(10).index_add_(0, bins, gaps).abs().sum().item() / len(truth)
+
+
+def evaluate(cfg, accelerator, model, tokenizer, table, labels, name, temperature=None):
+    """(metrics, logits, confusion matrix) of a model on a table of pairs. temperature: of the
+    scaling that calibrates the probabilities; None: the best for these pairs."""
+    logits = predict(cfg, accelerator, model, tokenizer, table)[:, label_ids(model, labels)]
+    truth = torch.tensor(table.label.tolist())
+    k, n = len(labels), len(table)
+    counts = torch.bincount(truth * k + logits.argmax(-1), minlength=k * k).view(k, k).numpy()
+    one_answer = numpy.zeros_like(counts)  # the positive label, or else the most frequent
+    one_answer[:, 1 if k == 2 else counts.sum(1).argmax()] = counts.sum(1)
+    found = scores(counts) | {"loss": cross_entropy(logits, truth)}
+    found |= {f"baseline_{m}": value for m, value in list(scores(one_answer).items())[:2]}
+    found = {key: float(value) for key, value in found.items()}
+    print0(f"{name}, {n:,} pairs:", ", ".join(f"{key} {v:.4f}" for key, v in found.items()))
+    if (counts.sum(0) > 0).sum() == 1:
+        only = list(labels.values())[counts.sum(0).argmax()]
+        print0(f"warning: the model calls every pair {only}")
+    # A bootstrap over the pairs: to draw n of them is to draw n cells of the confusion matrix.
+    drawn = numpy.random.default_rng(0).multinomial(n, counts.ravel() / n, size=10_000)
+    for m, values in scores(drawn.reshape(-1, k, k)).items():
+        found[f"{m}_interval"] = numpy.quantile(values, [0.025, 0.975]).tolist()
+    if temperature is None:
+        grid = torch.logspace(-1, 1, 201).tolist()
+        temperature = min(grid, key=lambda t: cross_entropy(logits / t, truth).item())
+    found |= {"n": n, "temperature": temperature, "ece": calibration_error(logits, truth),
+              "ece_scaled": calibration_error(logits / temperature, truth)}
+    return found, logits, counts
+
+
+def report(cfg, accelerator, data, labels, folder, more, prefix=""):
+    """Score the model in `folder`; write results.json, predictions.tsv and confusion.png."""
+    model, tokenizer = load_model(folder, accelerator)
+    model.to(accelerator.device)
+    out_dir = Path(cfg.out_dir)
+    results = {}
+    temperature = None
+    for split in [s for s in ("validation", "test") if s in data]:
+        found, logits, counts = evaluate(cfg, accelerator, model, tokenizer, data[split], labels,
+                                         f"{split}, {folder}", temperature)
+        temperature = found["temperature"]  # chosen on the validation pairs, as the epoch is
+        (low, high), ece = found["accuracy_interval"], found["ece"]
+        print0(f"{split}: accuracy {low:.3f} to {high:.3f} (95 %), calibration error {ece:.3f}, "
+               f"{found['ece_scaled']:.3f} at temperature {temperature:.2f}")
+        results[split] = found
+        name = prefix + "test-" * (split == "test")
+        if accelerator.is_main_process:
+            with runtime.disk_errors(out_dir):
+                write_predictions(out_dir / f"{name}predictions.tsv", data[split], logits, labels)
+                draw_confusion(out_dir / f"{name}confusion.png", counts, labels)
+    results = results.pop("validation") | results | {"labels": list(labels.values())}
+    results |= {"model": folder, **more}
+    write_json(accelerator, out_dir / f"{prefix}results.json", results)
+    print0(f"wrote {prefix}results.json, predictions.tsv and confusion.png into {out_dir}")
+    return results
+
+
+def write_json(accelerator, path, content):
+    """Write a JSON file, from the first process."""
+    if accelerator.is_main_process:
+        with runtime.disk_errors(path.parent):
+            runtime.write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_predictions(path, table, logits, labels):
+    """The pairs, their prediction and its probability as a TSV, worst mistakes first."""
+    probability, guess = (column.numpy() for column in logits.softmax(-1).max(-1))
+    wrong = table.label != guess
+    order = (probability * (1 - 2 * wrong)).argsort(kind="stable")  # surest right ones last
+    table = table.assign(prediction=guess, probability=probability).iloc[order]
+    named = table.assign(**{c: table[c].map(list(labels).__getitem__)
+                            for c in ("label", "prediction")})
+    lines = ["\t".join(" ".join(str(cell).split()) for cell in row)
+             for row in [named.columns, *named.itertuples(index=False)]]
+    runtime.write_text(path, "\n".join(lines) + "\n")
+
+
+def draw_confusion(path, counts, labels):
+    """A picture of how often each label (row) was called what (column)."""
+    from matplotlib.figure import Figure  # here: training starts without it
+    from sklearn.metrics import ConfusionMatrixDisplay
+
+    figure = Figure(figsize=(5, 4.5), layout="constrained")
+    display = ConfusionMatrixDisplay(counts, display_labels=list(labels.values()))
+    display.plot(ax=figure.subplots(), cmap="Blues", colorbar=False, values_format="d")
+    figure.savefig(path, dpi=110)
+
+
+def compare(folders):
+    """McNemar's exact test: do two models differ on more pairs than chance explains? Returns how
+    many pairs only the first and only the second has right, and p."""
+    names = ["test-predictions.tsv", "predictions.tsv"]
+    name = next((n for n in names if all(Path(f, n).exists() for f in folders)), names[1])
+    paths = [str(Path(f, name) if Path(f).is_dir() else f) for f in folders]
+    keys = [*COLUMNS, "prediction"]
+    one, other = (read_pairs(path, keys).sort_values(keys) for path in paths)
+    if one[COLUMNS].values.tolist() != other[COLUMNS].values.tolist():
+        raise UserError(f"{paths[0]} and {paths[1]} are not predictions for the same pairs")
+    right = [(table.label == table.prediction).values for table in (one, other)]
+    only = [int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum())]
+    # both tails of a fair coin thrown once for each pair that only one of them has right
+    tail = sum(math.comb(sum(only), i) for i in range(min(only) + 1))
+    p = min(1.0, 2 * tail / 2 ** sum(only))
+    for path, hits, alone in zip(paths, right, only, strict=True):
+        print0(f"{path}: accuracy {hits.mean():.4f}, {alone} of {len(one):,} pairs right alone")
+    print0(f"McNemar's exact test: p = {p:.4f}, {'' if p < 0.05 else 'not '}significant at 5 %")
+    return {"only_first": only[0], "only_second": only[1], "n": len(one), "p": p}
+
+
+# ---------------------------------------------------------------------------------------------
+# training
 
 
 def epoch_batches(lengths, size, window, seed, epoch):
@@ -204,7 +427,8 @@ def epoch_batches(lengths, size, window, seed, epoch):
     shuffle are sorted by length before the cut and the batches are shuffled after it: every epoch
     still makes new batches, and padding adds 2 % to the tokens of MRPC instead of 35 %.
     """
-    generator = torch.Generator().manual_seed(mix(seed, "order", epoch))
+    # the fourth number keeps these seeds apart from dropout's (seed, iteration, rank)
+    generator = torch.Generator().manual_seed(derive_seed(seed, epoch, 0, 1))
     order = torch.randperm(len(lengths), generator=generator).tolist()
     if window:
         chunks = [order[i : i + window * size] for i in range(0, len(order), window * size)]
@@ -215,403 +439,360 @@ def epoch_batches(lengths, size, window, seed, epoch):
     return batches
 
 
-def mix(*parts):
-    """A seed for torch, a pure function of the parts."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7])
+def forward_backward(cfg, accelerator, model, collate, pairs, iteration):
+    """Add the gradients of the mean loss over `pairs`, one iteration's for all processes, to the
+    parameters. Returns this process's share of that loss."""
+    world = accelerator.num_processes
+    micro_batches = [pairs[i : i + cfg.batch_size] for i in range(0, len(pairs), cfg.batch_size)]
+    mine = micro_batches[accelerator.process_index :: world]
+    # Dropout is a function of iteration and process: there is no random state to save.
+    torch.manual_seed(derive_seed(cfg.seed, iteration, accelerator.process_index))
+    total = torch.zeros((), device=accelerator.device)
+    for i, batch in enumerate(mine or micro_batches[:1]):  # none left in a short one: it weighs 0
+        inputs = collate(batch).to(accelerator.device)
+        labels = inputs.pop("labels")  # (B,)
+        last = i + 1 >= len(mine)  # only then do the processes add up their gradients
+        with contextlib.nullcontext() if last else accelerator.no_sync(model):
+            logits = model(**inputs).logits  # (B, labels)
+            # Each pair weighs the same, however the batches are cut: no mean of means.
+            loss = cross_entropy(logits.float(), labels, reduction="sum") / len(pairs)
+            loss = loss * bool(mine)
+            accelerator.backward(loss * world)  # DDP divides by the number of processes
+        total += loss.detach()
+    return total
 
 
-# ---------------------------------------------------------------------------------------------
-# evaluation
+def train(cfg, accelerator, data, labels, stop, start, command):
+    """One run with one seed, from beginning to end. Returns what results.json says.
 
-
-@torch.no_grad()
-def predict(cfg, accelerator, model, tokenizer, features):
-    """Logits (n, 2) in fp32 on the CPU, in the order of `features`, the same in every process."""
-    collate = transformers.DataCollatorWithPadding(tokenizer)
-    rows = sorted(range(len(features)), key=lambda i: len(features[i]["input_ids"]))
-    batches = [rows[i : i + cfg.eval_batch_size] for i in range(0, len(rows), cfg.eval_batch_size)]
-    logits = torch.zeros(len(rows), 2, device=accelerator.device)
-    model.eval()
-    for batch in batches[accelerator.process_index :: accelerator.num_processes]:
-        inputs = collate([features[i] for i in batch]).to(accelerator.device)
-        del inputs["labels"]
-        with accelerator.autocast():
-            logits[batch] = model(**inputs).logits.float()  # (B, 2)
-    model.train()
-    return accelerator.reduce(logits).cpu()  # a row is 0 in all processes but the one that had it
-
-
-def evaluate(cfg, accelerator, model, tokenizer, features, name):
-    """(metrics, logits): accuracy, F1, loss, and what calling every pair equivalent would get."""
-    logits = predict(cfg, accelerator, model, tokenizer, features)
-    truth, guess = [f["labels"] for f in features], logits.argmax(-1).tolist()
-    found = {"accuracy": accuracy_score(truth, guess)}
-    found["f1"] = f1_score(truth, guess, zero_division=0)
-    found["accuracy_f1_mean"] = (found["accuracy"] + found["f1"]) / 2
-    found["loss"] = cross_entropy(logits, torch.tensor(truth)).item()
-    found["baseline_accuracy"] = statistics.fmean(truth)
-    found["baseline_f1"] = f1_score(truth, [1] * len(truth), zero_division=0)
-    say(f"{name}, {len(truth):,} pairs: {', '.join(f'{k} {v:.4f}' for k, v in found.items())}")
-    if len(set(guess)) == 1:
-        say(f"warning: the model calls every pair {LABELS[guess[0]]}")
-    return {key: float(value) for key, value in found.items()} | {"n": len(truth)}, logits
-
-
-def report(cfg, accelerator, data, folder, more):
-    """Score the model in `folder`; write results.json, predictions.tsv and confusion.png."""
-    model, tokenizer = load_model(folder, accelerator, finetuned=True)
-    model.to(accelerator.device)
-    results, out_dir = {}, Path(cfg.out_dir)
-    for split in [s for s in ("test", "validation") if s in data]:
-        features = encode(model, tokenizer, data[split], cfg.max_length)
-        name = f"{split}, {folder}"
-        results[split], logits = evaluate(cfg, accelerator, model, tokenizer, features, name)
-    results = results.pop("validation") | results | {"model": folder} | more
-    if accelerator.is_main_process:
-        probability, prediction = (column.numpy() for column in logits.softmax(-1).max(-1))
-        table = data["validation"].assign(prediction=prediction, probability=probability)
-        wrong = table.label != table.prediction  # surest first among them, last among the others
-        table = table.iloc[(table.probability * (1 - 2 * wrong)).argsort(kind="stable")]
-        lines = ["\t".join(table), *("\t".join(" ".join(str(v).split()) for v in row)
-                                     for row in table.itertuples(index=False))]  # fmt: skip
-        counts = pandas.crosstab(table.label, table.prediction)
-        counts = counts.reindex(index=LABELS, columns=LABELS, fill_value=0).values
-        with runtime.disk_errors(out_dir):
-            write(out_dir / "predictions.tsv", "\n".join(lines) + "\n")
-            write(out_dir / "results.json", json.dumps(results, indent=2) + "\n")
-            draw_confusion(counts, out_dir / "confusion.png")
-        say(f"wrote results.json, predictions.tsv, confusion.png into {out_dir}")
-    return results
-
-
-def draw_confusion(counts, path):
-    """A picture of how often each label (row) was called what (column)."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.imshow(counts, cmap="Blues", vmin=0, vmax=2 * counts.max())
-    for row in LABELS:
-        for column in LABELS:
-            axes.text(column, row, f"{counts[row, column]:,}", ha="center", va="center", size=16)
-    axes.set(xticks=[0, 1], yticks=[0, 1], xlabel="prediction", ylabel="label")
-    axes.set_xticklabels(LABELS.values())
-    axes.set_yticklabels(LABELS.values(), rotation=90, va="center")
-    figure.savefig(path, dpi=110)
-
-
-def write(path, text):
-    """Write a text file that is whole or absent."""
-    beside = path.with_name(f".tmp-{path.name}")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
-
-
-# ---------------------------------------------------------------------------------------------
-# checkpoints
-
-
-def save(accelerator, folder, state):
-    """A checkpoint: what accelerate keeps, and config.json."""
-    temporary = folder.with_name(f".tmp-{folder.name}")
-    with runtime.disk_errors(folder.parent):
-        accelerator.save_state(temporary)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            write(temporary / "config.json", json.dumps(state, indent=2) + "\n")
-            runtime.seal_folder(temporary, folder)
-            for old in runtime.checkpoints(folder.parent)[state["config"]["keep_checkpoints"] :]:
-                runtime.remove(old)
-    accelerator.wait_for_everyone()
-
-
-def find_checkpoint(cfg, same):
-    """(folder, state) to go on from, (None, None) for a fresh run. Exits where none will do."""
-    found = runtime.start_run(cfg.out_dir, cfg.resume, cfg.overwrite)
-    for folder in found:
-        if what := runtime.damage(folder):
-            say(f"warning: {folder}: {what}; trying the checkpoint before it")
-            continue
-        state = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        for name, value in same.items():
-            if state["same"][name] != value:
-                fail(f"{name} is {value}, but {folder} was made with {state['same'][name]}", 2)
-        say(f"going on from {folder}")
-        return folder, state
-    if found:
-        fail(f"no checkpoint in {cfg.out_dir} is whole; start again with --overwrite=True")
-    return None, None
-
-
-def use_plain_names(accelerator):
-    """Keep the names of the weights in checkpoints free of the 'module.' that DDP puts before them,
-    so that one process can go on where two stopped."""
-
-    def on_save(models, weights, folder):
-        if weights:  # not where FSDP or DeepSpeed save their own
-            weights[:] = [accelerator.unwrap_model(model).state_dict() for model in models]
-
-    def on_load(models, folder):
-        models[:] = [accelerator.unwrap_model(model) for model in models]
-
-    accelerator.register_save_state_pre_hook(on_save)
-    accelerator.register_load_state_pre_hook(on_load)
-
-
-# ---------------------------------------------------------------------------------------------
-# training
-
-
-def train(cfg, accelerator, data, stop):
-    """One run with one seed, start to end. Returns what results.json says."""
-    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    out_dir, main_process = Path(cfg.out_dir), accelerator.is_main_process
+    start: (checkpoint folder, its run.json) or (None, {}); command: what resumes the run.
+    """
+    # ---- model and pairs
+    out_dir = Path(cfg.out_dir)
     torch.manual_seed(cfg.seed)  # of the new head
-    model, tokenizer = load_model(cfg.model, accelerator)
-    pairs, validation = (encode(model, tokenizer, data[split], cfg.max_length)
-                         for split in ("train", "validation"))  # fmt: skip
-    lengths = [len(pair["input_ids"]) for pair in pairs]
+    model, tokenizer = load_model(cfg.model, accelerator, list(labels.values()))
+    model.config.both_orders = cfg.both_orders  # best/ knows how to predict
+    tokenizer.model_max_length = cfg.max_length or tokenizer.model_max_length
+    collate = transformers.DataCollatorWithPadding(tokenizer)
+    ids = label_ids(model, labels)
+    orders = [encode(cfg, model, tokenizer, data["train"], swap, ids)
+              for swap in (False, True)[: 1 + cfg.both_orders]]
+    lengths = [len(pair["input_ids"]) for pair in orders[0]]
+
+    # ---- how many iterations, from which on
+    world = accelerator.num_processes
     global_batch = cfg.batch_size * cfg.gradient_accumulation_steps * world
-    if len(pairs) < global_batch:
-        fail(f"{len(pairs)} training pairs are fewer than one batch of {global_batch}; "
-             f"give more or a smaller --batch_size")  # fmt: skip
-    per_epoch = math.ceil(len(pairs) / global_batch)
-    total = per_epoch * cfg.epochs
-    end = min(cfg.max_steps or total, total)
+    if len(lengths) < global_batch:
+        raise UserError(f"{len(lengths)} training pairs are fewer than one batch of "
+                        f"{global_batch}; give more or a smaller --batch_size")
+    per_epoch = math.ceil(len(lengths) / global_batch)
+    total = per_epoch * cfg.max_epochs
+    end = min(cfg.max_iters or total, total)
+    if cfg.warmup_iters >= total:
+        raise UserError(f"--warmup_iters={cfg.warmup_iters} leaves none of {total} iterations", 2)
+    same = {name: getattr(cfg, name) for name in (
+        "model", "seed", "length_window", "both_orders", "max_length", "layer_decay")}
+    same |= {"pairs an iteration": global_batch, "labels": list(labels)}
+    for split in ("train", "validation"):
+        content = data[split].to_csv(index=False).encode()
+        same[f"content of the {split} pairs"] = hashlib.sha256(content).hexdigest()[:12]
+    state = {"iteration": 0, "tokens": 0, "loss_sum": 0.0, "loss_pairs": 0, "skipped": 0,
+             "metrics": None, "best_f1": -1.0, "resumed": [], "total": total}
+    folder, saved = start
+    if folder:
+        runtime.check_same(folder, saved.get("same", {}), same)
+        state = saved["state"]
+        check_progress(folder, state, end, total)
 
-    def learning_rate(step):
-        return cfg.lr * (1 - step / total)
+    def learning_rate(iteration):
+        """Up linearly over warmup_iters, then linearly down to 0 at `total`."""
+        if iteration < cfg.warmup_iters:
+            return cfg.learning_rate * (iteration + 1) / (cfg.warmup_iters + 1)
+        return cfg.learning_rate * (total - iteration) / (total - cfg.warmup_iters)
 
-    # ---- run folder
-    same = {"model": cfg.model, "seed": cfg.seed, "training pairs": len(pairs),
-            "pairs an update": global_batch, "length_window": cfg.length_window}  # fmt: skip
-    found = [None, None]
-    if main_process:
-        with runtime.disk_errors(out_dir):
-            out_dir.mkdir(exist_ok=True)
-            found = list(find_checkpoint(cfg, same))
-            write(out_dir / "config.json", json.dumps(asdict(cfg), indent=2) + "\n")
-    folder, state = broadcast_object_list(found)
-    state = state or {"step": 0, "tokens": 0, "metrics": None, "best_f1": -1.0,
-                      "loss_sum": 0.0, "loss_pairs": 0}  # fmt: skip
-    state |= {"config": asdict(cfg), "same": same}
-    if main_process:
-        names = [*runtime.LOG_COLUMNS, *METRICS]
-        log = runtime.open_log(out_dir / "log.csv", names, keep_until=state["step"])
-
-    # ---- optimizer
-    optimizer = torch.optim.AdamW(model.parameters(), learning_rate(state["step"]),
-                                  weight_decay=cfg.weight_decay,
-                                  fused=device.type in ("cpu", "cuda"))  # fmt: skip
+    # ---- optimizer, run folder
     accelerator.free_memory()  # of the run with the seed before
+    optimizer = make_optimizer(cfg, model.to(accelerator.device))
     model, optimizer = accelerator.prepare(model, optimizer)
     if folder:
-        accelerator.load_state(folder)
-        set_lr(optimizer, learning_rate(state["step"]))
-    say(f"{device.type} x {world}, precision {accelerator.mixed_precision}: {end:,} updates of "
-        f"{global_batch} pairs, {per_epoch:,} an epoch")  # fmt: skip
+        runtime.load_checkpoint(accelerator, folder, [optimizer])
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process and cfg.overwrite:  # last, when nothing can fail any more
+        runtime.clear_run(out_dir, *OUTPUTS)
+    run = {"script": "finetune_mrpc.py", "config": asdict(cfg), "same": same,
+           "machine": runtime.describe_machine(accelerator)}
+    write_json(accelerator, out_dir / "run.json", run)
+    log = runtime.RunLog(out_dir, end, state["iteration"], accelerator.is_main_process,
+                         [*runtime.LOG_COLUMNS, *METRICS], keep_until=state["iteration"])
+    updates = runtime.BadUpdates(state["skipped"])
+    print0(f"{accelerator.device.type} x {world}, precision {accelerator.mixed_precision}: "
+           f"{end:,} iterations of {global_batch} pairs, {per_epoch:,} an epoch")
 
-    def validate():
-        """Score the validation pairs, keep the best model by F1. Returns columns for the log."""
-        plain = accelerator.unwrap_model(model)
-        name = f"validation, update {state['step']}"
-        found, _ = evaluate(cfg, accelerator, plain, tokenizer, validation, name)
-        if main_process and found["f1"] > state["best_f1"]:
-            with runtime.disk_errors(out_dir):
-                plain.save_pretrained(out_dir / ".tmp-best")
-                tokenizer.save_pretrained(out_dir / ".tmp-best")
-                runtime.seal_folder(out_dir / ".tmp-best", out_dir / "best")
-        train_loss = state["loss_sum"] / max(1, state["loss_pairs"])
-        state.update(metrics=found, best_f1=max(found["f1"], state["best_f1"]))
-        state.update(loss_sum=0.0, loss_pairs=0)
-        scores = {name: found[name] for name in METRICS}
-        return {"train_loss": train_loss, "val_loss": found["loss"]} | scores
+    def write(folder):
+        """A checkpoint has what --resume needs, best/ is a transformers folder."""
+        if folder.name != ".tmp-best":
+            accelerator.save_state(str(folder))
+            write_json(accelerator, folder / "run.json", run | {"state": state})
+        elif accelerator.is_main_process:
+            accelerator.unwrap_model(model).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
 
-    def write_log(row):
-        if not main_process:
-            return
-        with runtime.disk_errors(out_dir):
-            log(row)
-            if "val_loss" in row:
-                panel = "+".join(METRICS)
-                runtime.plot_log(out_dir / "log.csv", out_dir / "loss.png", panel, unit="pair")
-
-    collate = transformers.DataCollatorWithPadding(tokenizer)
-    bar = runtime.progress_bar(end, state["step"], shown=main_process)
-    batches, row, skipped, since, tokens_since = None, {}, 0, time.perf_counter(), state["tokens"]
+    # ---- the loop
+    batches = None
+    since, tokens_since = time.perf_counter(), state["tokens"]
     model.train()
-    for step in range(state["step"], end):
-        epoch, k = divmod(step, per_epoch)
-        if not batches or k == 0:
+    for iteration in range(state["iteration"], end):
+        epoch, k = divmod(iteration, per_epoch)
+        if batches is None or k == 0:
             batches = epoch_batches(lengths, global_batch, cfg.length_window, cfg.seed, epoch)
-        rows, loss = batches[k], torch.zeros((), device=device)
-        parts = [rows[i : i + cfg.batch_size] for i in range(0, len(rows), cfg.batch_size)]
-        mine = parts[rank::world]
+        # With both orders, a pair that came as (a, b) comes as (b, a) in the next epoch.
+        pairs = [orders[(row + epoch) % len(orders)][row] for row in batches[k]]
 
-        # ---- one update: forward, backward, step, schedule, zero_grad
-        torch.manual_seed(mix(cfg.seed, step, rank))  # of dropout: no random state to restore
-        for i, part in enumerate(mine or parts[:1]):  # no part left for this process: it weighs 0
-            inputs = collate([pairs[row] for row in part]).to(device)
-            labels = inputs.pop("labels")  # (B,)
-            last = i + 1 >= len(mine)  # only then do processes add up their gradients
-            with contextlib.nullcontext() if last else accelerator.no_sync(model):
-                logits = model(**inputs).logits  # (B, 2)
-                share = cross_entropy(logits.float(), labels, reduction="sum") / len(rows)
-                share = share * bool(mine)
-                accelerator.backward(share * world)  # DDP divides by the number of processes
-            loss += share.detach()
-        accelerator.unscale_gradients()
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if cfg.grad_clip:
-            torch.nn.utils.clip_grads_with_norm_(model.parameters(), cfg.grad_clip, norm)
-        told = accelerator.gather(torch.stack([loss, norm, loss.new_tensor(stop.signum)]))
-        losses, norms, signals = told.view(world, 3).T.tolist()
-        loss, norm, signum = sum(losses), norms[0], int(max(signals))
-        finite = math.isfinite(loss + norm)
-        skipped = 0 if finite else skipped + 1
-        if skipped == 10:
-            fail(f"loss {loss}, gradient norm {norm}: not finite in 10 updates in a row, the last "
-                 f"of them {step + 1}; checkpoints are untouched; lower --lr")  # fmt: skip
-        if finite or accelerator.scaler:  # a scaler skips by itself, and learns from it
+        # ---- one update: learning rate, forward and backward, step
+        lr = learning_rate(iteration)
+        runtime.set_learning_rate([optimizer], lr)
+        loss = forward_backward(cfg, accelerator, model, collate, pairs, iteration)
+        norm = accelerator.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+        (loss, norm), signum, late = stop.agree(accelerator, loss * world, norm)
+        bad = updates.count(math.isfinite(loss + norm), iteration + 1)
+        if not bad or accelerator.scaler:  # a scaler skips by itself, and learns from it
             optimizer.step()
-        set_lr(optimizer, learning_rate(step + 1))
         optimizer.zero_grad()
 
         # ---- log
-        state.update(step=step + 1, metrics=None)
-        state["tokens"] += sum(lengths[row] for row in rows)
-        if finite:
-            state["loss_sum"] += loss * len(rows)
-            state["loss_pairs"] += len(rows)
-        bar.update()
-        epoch_ends, ends, row = k + 1 == per_epoch, state["step"] == end, {}
-        if epoch_ends or ends or state["step"] % cfg.log_interval == 0:
-            now = time.perf_counter()
-            speed = round((state["tokens"] - tokens_since) / (now - since))
-            since, tokens_since = now, state["tokens"]
-            row = {"iter": state["step"], "tokens": state["tokens"], "lr": learning_rate(step),
-                   "loss": loss, "grad_norm": norm, "tokens_per_s": speed}  # fmt: skip
-            bar.set_postfix_str(f"loss {loss:.3f}, {speed:,} tokens/s")
-            if bar.disable:
-                say(f"update {state['step']}/{end}: loss {loss:.4f}, {speed:,} tokens/s")
+        state.update(iteration=iteration + 1, metrics=None, skipped=updates.skipped)
+        state["tokens"] += sum(len(pair["input_ids"]) for pair in pairs)
+        if not bad:
+            state["loss_sum"] += loss * len(pairs)
+            state["loss_pairs"] += len(pairs)
+        row = {}
+        epoch_ends = k + 1 == per_epoch
+        ends = iteration + 1 == end
+        if epoch_ends or ends or (iteration + 1) % cfg.log_interval == 0:
+            speed = round((state["tokens"] - tokens_since) / (time.perf_counter() - since))
+            row = {"iter": iteration + 1, "tokens": state["tokens"], "lr": lr, "loss": loss,
+                   "grad_norm": norm, "tokens_per_s": speed}
+            since, tokens_since = time.perf_counter(), state["tokens"]
+        log.progress(iteration + 1, row and f"loss {loss:.4f}, {row['tokens_per_s']:,} tokens/s")
 
-        # ---- once in a while: evaluate, save, stop
+        # ---- evaluate, save, stop
+        checkpoint = out_dir / f"checkpoint-{iteration + 1:06d}"
+        if not epoch_ends and (ends or signum or late):
+            # before an evaluation amid an epoch: one that resumes ends as one that never stopped
+            runtime.save_checkpoint(accelerator, checkpoint, write, cfg.keep_checkpoints)
+        if epoch_ends or ends:
+            with log.stage("evaluation"):
+                found, *_ = evaluate(cfg, accelerator, accelerator.unwrap_model(model), tokenizer,
+                                     data["validation"], labels, f"iteration {iteration + 1}")
+            row |= {name: found[name] for name in METRICS} | {"val_loss": found["loss"]}
+            row["train_loss"] = state["loss_sum"] / max(1, state["loss_pairs"])
+            if found["f1"] > state["best_f1"] and (epoch_ends or state["best_f1"] < 0):
+                runtime.save_checkpoint(accelerator, out_dir / "best", write)
+                state["best_f1"] = found["f1"]
+            state.update(metrics=found, loss_sum=0.0, loss_pairs=0)
+        if row:
+            log.write(row)
         if epoch_ends:
-            row |= validate()
+            runtime.save_checkpoint(accelerator, checkpoint, write, cfg.keep_checkpoints)
+        if epoch_ends or ends or late:
+            stop.saved_at = time.monotonic()
             since = time.perf_counter()
-        if row and (epoch_ends or not ends):
-            write_log(row)
-        if epoch_ends or ends or signum:
-            save(accelerator, out_dir / f"checkpoint-{state['step']:06d}", state)
         if signum:
-            say(f"saved {out_dir}/checkpoint-{state['step']:06d}; go on with --resume=True")
-            raise SystemExit(128 + signum)
-    bar.close()
-    if not state["metrics"]:  # the end amid an epoch: the checkpoint knows nothing of this
-        row |= validate()  # evaluation, so that a run that goes on equals one that never stopped
-        if "iter" in row:
-            write_log(row)
-    accelerator.wait_for_everyone()
-    more = {"seed": cfg.seed, "last": state["metrics"]}
-    return report(cfg, accelerator, data, str(out_dir / "best"), more)
+            log.close()
+            stop.exit(signum, out_dir, command)
+
+    # ---- the best epoch, by F1 on the validation pairs
+    print0("time:", log.close())
+    minutes = (time.perf_counter() - log.began) / 60
+    if not state["metrics"]:  # resumed where it had ended amid an epoch
+        state["metrics"], *_ = evaluate(cfg, accelerator, accelerator.unwrap_model(model),
+                                        tokenizer, data["validation"], labels, "last iteration")
+    if accelerator.is_main_process:
+        with runtime.disk_errors(out_dir):
+            runtime.plot_log(out_dir / "log.csv", out_dir / "loss.png", f"{cfg.model} on pairs",
+                             METRICS[:2], "pair", state["resumed"])
+    more = {"seed": cfg.seed, "last": state["metrics"], "minutes": minutes}
+    return report(cfg, accelerator, data, labels, str(out_dir / "best"), more)
 
 
-def set_lr(optimizer, lr):
-    """Set the learning rate, a function of the update: no scheduler with a state to keep."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+def check_progress(folder, state, end, total):
+    """Say what resuming does. Raises UserError where less is asked for than is done."""
+    done = state["iteration"]
+    extend = "to extend it give a higher --max_iters (0: all) or --max_epochs"
+    if end < done:
+        raise UserError(f"{folder} is past the {end} iterations asked for; {extend}", 2)
+    print0(f"resuming from {folder}")
+    if end == done:
+        print0(f"the run is finished at iteration {done}; {extend} beside --resume")
+    if total != state["total"]:
+        print0(f"the learning rate now falls to 0 at iteration {total}, not {state['total']}")
+    state["resumed"].append(done)
+    state["total"] = total
 
 
-def train_seeds(cfg, accelerator, data, stop, seeds):
+def train_seeds(cfg, accelerator, data, labels, stop, seeds, command):
     """A run for each seed, in out_dir/seed-N; out_dir gets the means and the best run's files."""
-    out_dir, runs = Path(cfg.out_dir), []
-    if runtime.checkpoints(out_dir):
-        fail(f"{out_dir} holds a run with one seed; choose another --out_dir for --seeds")
-    for seed in seeds:
+    out_dir = Path(cfg.out_dir)
+    jobs = []
+    for seed in seeds:  # all folders are looked at before the first run starts
         folder = out_dir / f"seed-{seed}"
         resume = cfg.resume and bool(runtime.checkpoints(folder))
-        say(f"\nseed {seed}, in {folder}")
-        one = replace(cfg, seed=seed, out_dir=str(folder), resume=resume)
-        runs.append(train(one, accelerator, data, stop))
-    results = {"seeds": seeds, "runs": runs, "last": {}, "n": runs[0]["n"]}
-    lasts = [run["last"] for run in runs]
-    for epoch, into, found in (("best", results, runs), ("last", results["last"], lasts)):
+        one = replace(cfg, seed=seed, out_dir=str(folder), resume=resume,
+                      overwrite=cfg.overwrite or (cfg.resume and not resume))
+        jobs.append((one, runtime.find_run(folder, resume, one.overwrite)))
+    write_json(accelerator, out_dir / "run.json", {"config": asdict(cfg)})
+    runs = []
+    for one, start in jobs:
+        print0(f"\nseed {one.seed}, in {one.out_dir}")
+        Path(one.out_dir).mkdir(exist_ok=True)
+        runs.append(train(one, accelerator, data, labels, stop, start, command))
+    results = {"seeds": seeds, "runs": runs, "n": runs[0]["n"]}
+    for kind in ["best", "last", *(["test"] if "test" in data else [])]:
+        found = runs if kind == "best" else [run[kind] for run in runs]
+        into = results if kind == "best" else results.setdefault(kind, {})
         for name in [*METRICS, "loss", "baseline_accuracy", "baseline_f1"]:
             values = [run[name] for run in found]
-            into[name] = statistics.fmean(values)
-            into[f"{name}_std"] = statistics.stdev(values) if len(values) > 1 else 0.0
-        figures = [f"{name} {into[name]:.4f} +- {into[name + '_std']:.4f}" for name in METRICS]
-        say(f"{epoch} epoch, mean and deviation of {len(seeds)} seeds: {', '.join(figures)}")
+            into[name] = float(numpy.mean(values))
+            into[f"{name}_std"] = float(numpy.std(values, ddof=1))
+        figures = [f"{m} {into[m]:.4f} +- {into[m + '_std']:.4f}" for m in METRICS]
+        print0(f"{kind}, mean and deviation of {len(seeds)} seeds: {', '.join(figures)}")
+    best = out_dir / f"seed-{max(runs, key=lambda run: run['f1'])['seed']}"
+
+    def copy_best(temporary):
+        if accelerator.is_main_process:
+            shutil.copytree(best / "best", temporary, dirs_exist_ok=True)
+            (temporary / "SHA256SUMS").unlink()
+
+    runtime.save_checkpoint(accelerator, out_dir / "best", copy_best)
     if accelerator.is_main_process:
-        best = out_dir / f"seed-{max(runs, key=lambda run: run['f1'])['seed']}"
-        beside = out_dir / ".tmp-best"
-        shutil.copytree(best / "best", beside, ignore=shutil.ignore_patterns("SHA256SUMS"))
-        runtime.seal_folder(beside, out_dir / "best")
-        for name in ("predictions.tsv", "confusion.png"):
-            shutil.copy(best / name, out_dir / name)
-        write(out_dir / "results.json", json.dumps(results, indent=2) + "\n")
+        for path in [best / name for name in OUTPUTS[1:] if (best / name).exists()]:
+            shutil.copy(path, out_dir)
+    write_json(accelerator, out_dir / "results.json", results)
+    return results
+
+
+# ---------------------------------------------------------------------------------------------
+# main
 
 
 def finetuned_model(cfg):
     """The folder or name for --eval_only and --predict: a --model with a head, or out_dir/best."""
     config, best = Path(cfg.model, "config.json"), Path(cfg.out_dir, "best")
-    if config.is_file() and "ForSequenceClassification" in config.read_text(encoding="utf-8"):
+    if config.is_file() and b"ForSequenceClassification" in config.read_bytes():
         return cfg.model
     if not best.is_dir() and cfg.model == Config.model:
-        fail(f"{best} does not exist; train first, or name a fine-tuned --model")
+        raise UserError(f"{best} does not exist; train first, or name a fine-tuned --model")
     return str(best) if best.is_dir() else cfg.model
 
 
 def print_predictions(cfg, accelerator):
-    """For two sentences one line, for a file a TSV: what the model thinks, and how surely."""
-    wanted = COLUMNS[:2]
-    table = (read_pairs(cfg.predict[0], wanted) if len(cfg.predict) == 1
-             else pandas.DataFrame([cfg.predict], columns=wanted))  # fmt: skip
-    model, tokenizer = load_model(finetuned_model(cfg), accelerator, finetuned=True)
-    features = encode(model, tokenizer, table, cfg.max_length)
-    logits = predict(cfg, accelerator, model.to(accelerator.device), tokenizer, features)
-    probability, prediction = (column.tolist() for column in logits.softmax(-1).max(-1))
+    """Print what the model thinks of a file's pairs (a TSV) or of two texts (a line), and how
+    surely. Returns the table."""
     if len(cfg.predict) == 2:
-        return say(f"{LABELS[prediction[0]]} {probability[0]:.4f}")
-    say("\t".join([*wanted, "prediction", "probability"]))
-    for first, second, *rest in zip(*map(table.get, wanted), prediction, probability, strict=True):
-        say("\t".join(" ".join(str(cell).split()) for cell in (first, second, *rest)))
+        table = pandas.DataFrame([cfg.predict], columns=COLUMNS[:2])
+    else:
+        table = read_pairs(cfg.predict[0], cfg.columns.split(",")[:2])
+    model, tokenizer = load_model(finetuned_model(cfg), accelerator)
+    logits = predict(cfg, accelerator, model.to(accelerator.device), tokenizer, table)
+    probability, guess = (column.tolist() for column in logits.softmax(-1).max(-1))
+    table["prediction"] = [model.config.id2label[i] for i in guess]
+    table["probability"] = probability
+    if len(cfg.predict) == 2:
+        print0(f"{table.prediction[0]} {probability[0]:.4f}")
+    else:
+        for row in [table.columns, *table.itertuples(index=False)]:
+            print0("\t".join(" ".join(str(cell).split()) for cell in row))
+    return table
+
+
+def check_config(cfg):
+    """Raise UserError for options that cannot be. Returns the numbers of --seeds."""
+    check_range(cfg, 1, "max_epochs", "batch_size", "gradient_accumulation_steps",
+                "eval_batch_size", "log_interval", "keep_checkpoints")
+    check_range(cfg, 0, "max_iters", "max_length", "length_window", "learning_rate",
+                "warmup_iters", "layer_decay", "weight_decay", "grad_clip")
+    check_range(cfg, 0, "seed", high=2**63 - 1)
+    columns, words = cfg.columns.split(","), cfg.seeds.split(",") if cfg.seeds else []
+    wrong = {
+        "max_length must be 8 or more, or 0": 0 < cfg.max_length < 8,
+        "columns must be three names, FIRST,SECOND,LABEL": "" in columns or len({*columns}) != 3,
+        "predict takes a file or two texts, in quotation marks and not empty":
+            len(cfg.predict) > 2 or not all(map(str.strip, cfg.predict)),
+        "compare takes two run folders": len(cfg.compare) not in (0, 2),
+        "seeds must be two or more different numbers, as in 1,2,3": cfg.seeds and not (
+            all(word.isdecimal() and len(word) < 19 for word in words)
+            and len(set(map(int, words))) == len(words) > 1),
+    }
+    for message, is_wrong in wrong.items():
+        if is_wrong:
+            raise UserError(f"--{message}, not {getattr(cfg, message.split()[0])!r}", 2)
+    return [int(word) for word in words]
+
+
+def check_folder(cfg):
+    """Raise UserError where training into out_dir would destroy a model that is not this run's."""
+    model, foreign = Path(cfg.model), Path(cfg.out_dir, "config.json")
+    if model.is_dir() and model.resolve().is_relative_to(Path(cfg.out_dir).resolve()):
+        raise UserError(f"the run would overwrite its own --model {model}; choose another "
+                        "--out_dir", 2)
+    if foreign.is_file() and b'"out_dir"' not in foreign.read_bytes():  # run.json of old runs
+        raise UserError(f"{foreign} is another model's; choose another --out_dir", 2)
+
+
+def saved_settings(cfg, saved):
+    """`cfg` with the settings in the run.json `saved`, but for those that are given now."""
+    given = getattr(cfg, "given", None) or set(changed(cfg))
+    names = {f.name for f in fields(cfg)} - {*given, "out_dir", "resume", "overwrite", "predict"}
+    if not isinstance(saved.get("config"), dict):
+        raise UserError(f"{cfg.out_dir} holds no run of this script; choose another --out_dir")
+    return replace(cfg, **{k: v for k, v in saved["config"].items() if k in names - {"compare"}})
 
 
 def main(cfg):
-    """Train, or score, or predict."""
-    at_least(cfg, 1, "epochs", "batch_size", "gradient_accumulation_steps", "eval_batch_size")
-    at_least(cfg, 1, "log_interval", "keep_checkpoints")
-    at_least(cfg, 0, "max_length", "max_steps", "length_window", "lr", "weight_decay", "grad_clip")
-    if 0 < cfg.max_length < 8:
-        fail(f"--max_length must be 8 or more, or 0, not {cfg.max_length}", 2)
-    if len(cfg.predict) > 2:
-        fail(f"--predict takes a file or two sentences, not {len(cfg.predict)}; quote them", 2)
-    try:
-        seeds = [int(word) for word in cfg.seeds.split(",")] if cfg.seeds else []
-    except ValueError:
-        fail(f"--seeds must look like 1,2,3, not {cfg.seeds!r}", 2)
-    for library in (transformers, huggingface_hub):  # what they warn of is said here in a line
-        library.utils.logging.set_verbosity_error()
+    """Train, score, predict or compare. Returns the results, as in results.json."""
+    check_config(cfg)
+    if cfg.compare:
+        return compare(cfg.compare)
+    transformers.utils.logging.set_verbosity_error()  # what it warns of is said here in a line
     transformers.utils.logging.disable_progress_bar()
     accelerator = runtime.make_accelerator(cfg.mixed_precision)
-    use_plain_names(accelerator)
+    runtime.save_plain_names(accelerator)
     if cfg.predict:
         return print_predictions(cfg, accelerator)
-    say("configuration:", ", ".join(f"{k}={v!r}" for k, v in changed(cfg).items()) or "defaults")
-    data = load_pairs(cfg)
-    if accelerator.is_main_process:
-        lock = runtime.lock_folder(cfg.out_dir)  # noqa: F841  held until main returns
-    if cfg.eval_only:
-        return report(cfg, accelerator, data, finetuned_model(cfg), {})
-    stop = runtime.StopSignal()
-    if seeds:
-        train_seeds(cfg, accelerator, data, stop, seeds)
+    out_dir = Path(cfg.out_dir)
+    if not cfg.eval_only:
+        check_folder(cfg)
+    with contextlib.ExitStack() as held:
+        if accelerator.is_main_process:
+            held.callback(runtime.lock_folder(out_dir).release)
+        if not cfg.eval_only:
+            return run(cfg, accelerator, held)
+        data, labels = load_pairs(cfg)
+        return report(cfg, accelerator, data, labels, finetuned_model(cfg), {}, "eval-")
+
+
+def run(cfg, accelerator, held):
+    """Train with one seed or several, in a folder that is locked. held: an ExitStack."""
+    out_dir = Path(cfg.out_dir)
+    several = cfg.seeds or (cfg.resume and any(out_dir.glob("seed-*")))
+    if several and (out_dir / "log.csv").exists():
+        raise UserError(f"{out_dir} holds a run with one seed; choose another --out_dir")
+    if several and cfg.resume:
+        start = None, {}
     else:
-        train(cfg, accelerator, data, stop)
-    stop.release()
+        start = runtime.find_run(out_dir, cfg.resume, cfg.overwrite)
+    if cfg.resume:
+        cfg = saved_settings(cfg, runtime.read_run(out_dir) if several else start[1])
+    seeds = check_config(cfg)
+    print0("configuration:", ", ".join(f"{k}={v!r}" for k, v in changed(cfg).items()) or "defaults")
+    data, labels = load_pairs(cfg)
+    command = runtime.resume_command(out_dir)
+    stop = runtime.StopSignal()
+    held.callback(stop.release)
+    if seeds:
+        return train_seeds(cfg, accelerator, data, labels, stop, seeds, command)
+    return train(cfg, accelerator, data, labels, stop, start, command)
 
 
 if __name__ == "__main__":
-    main(CFG)
+    run_script(main, CFG)

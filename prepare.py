@@ -1,58 +1,57 @@
-"""Stage 1: text -> data/NAME/{train,val}.npy, meta.json and, where made here, tokenizer.json.
+"""Turn text into token files: data/NAME/{train,val}.npy and meta.json, with a tokenizer.json.
 
     python prepare.py                                    # Python's standard library: no network
     python prepare.py --dataset=verdict                  # a preset; see PRESETS below
-    python prepare.py --dataset=mine --source=book.txt   # own text: file, folder, glob, URL, hf:...
+    python prepare.py --source=book.txt                  # your own text, into data/book
+    python prepare.py --dataset=mine --source a.txt docs 'notes/*.org'
 
-One file is one text: its first 90 % of characters train, the rest validates. Several files, or
-the rows of a hub data set, are documents: each goes whole to one split and ends with the
-end-of-text token. `--shard=i/n` prepares one slice of the documents, on as many machines as you
-like; train.py reads data/NAME/shard-* as one data set, without a copy.
+Of one text the first 90 % of the characters train and the rest validates. Several files, or the
+rows of a hub data set, are documents; each ends with the end-of-text token. `--shard=i/n` prepares
+one slice of the documents; train.py reads data/NAME/shard-* as one data set, without a copy.
 """
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
 import re
 import sysconfig
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from glob import glob
-from itertools import accumulate
 from pathlib import Path
 
-from configurator import fail, load
+from configurator import load
 
 GITHUB = "https://raw.githubusercontent.com"
-PRESETS = {  # name: (source, tokenizer, vocab_size, SHA-256 of the download where it is fixed)
+LESSONS = f"{GITHUB}/rasbt/LLMs-from-scratch/main/ch02/01_main-chapter-code"
+PACKT = f"{GITHUB}/PacktPublishing/Transformers-for-Natural-Language-Processing/master"
+# name: (source, tokenizer, vocab_size, SHA-256 of the download where it never changes)
+PRESETS = {
     "stdlib": ("stdlib", "bpe", 4096, None),
-    "verdict": (
-        f"{GITHUB}/rasbt/LLMs-from-scratch/main/ch02/01_main-chapter-code/the-verdict.txt",
-        "gpt2", None, "b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f"),
-    "shakespeare": (
-        f"{GITHUB}/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-        "gpt2", None, "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
-    "kant": (
-        f"{GITHUB}/PacktPublishing/Transformers-for-Natural-Language-Processing/master"
-        "/Chapter03/kant.txt", "bpe", 4096, None),
+    "verdict": (f"{LESSONS}/the-verdict.txt", "gpt2", None,
+                "b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f"),
+    "shakespeare": (f"{GITHUB}/karpathy/char-rnn/master/data/tinyshakespeare/input.txt", "gpt2",
+                    None, "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
+    "kant": (f"{PACKT}/Chapter03/kant.txt", "bpe", 4096, None),
     "azwiki": ("hf:wikimedia/wikipedia:20231101.az:text", "bpe", 16384, None),
     "fineweb": ("hf:HuggingFaceFW/fineweb-edu:sample-10BT:text", "gpt2", None, None),
-}  # fmt: skip
+}
 
 
 @dataclass
 class Config:
     """Turn text into token files."""
 
-    dataset: str = "stdlib"  # name of the folder under data_dir; a preset's name fills in the rest
-    source: str | None = None  # file, folder, 'glob/**/*.py', URL or hf:REPO[:CONFIG[:COLUMN]]
-    tokenizer: str | None = None  # any tiktoken encoding (gpt2), bpe, char or a tokenizer.json
-    vocab_size: int | None = None  # of a bpe trained here; None: 4096
-    val_fraction: float = 0.1  # share of the characters, or of the documents, that validates
+    dataset: str | None = None  # folder under data_dir; None: named after the source, or stdlib
+    source: tuple[str, ...] = ()  # files, folders, globs, URLs, or one hf:REPO[:CONFIG[:COLUMN]]
+    tokenizer: str | None = None  # bpe, char, a tiktoken encoding (gpt2), a tokenizer.json, folder
+    vocab_size: int | None = None  # of a bpe trained here; None: fits the size of the text
+    val_fraction: float = 0.1  # share of the text that validates
     shard: str | None = None  # i/n: only slice i of n of the documents, i from 0 to n - 1
     data_dir: str = "data"  # where the folder is made
 
@@ -63,79 +62,133 @@ if __name__ == "__main__":
 import numpy as np
 import requests
 import tiktoken
-from requests.adapters import HTTPAdapter, Retry
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
 from tqdm import tqdm
 
-from runtime import lock_folder, say, sha256
+from runtime import UserError, first_line, lock_folder, print0, remove, run_script, sha256
 
 END_OF_TEXT = "<|endoftext|>"
-PIECE = 1 << 18  # characters tokenized at a time
+ENDS = (END_OF_TEXT, "<|end_of_text|>", "<|im_end|>", "</s>", "<eos>", "[SEP]")  # by preference
+PIECE = 1 << 16  # characters tokenized at a time; a thread takes 32 pieces
+PROBE = 1 << 14  # characters of every 32 pieces that are decoded again, to find losses
 SAMPLE = 1 << 26  # characters that train a BPE: more change little and cost memory
 FORMAT_VERSION = 1
 SPLITS = ("train", "val")
 COUNTS = ("train_tokens", "val_tokens", "train_bytes", "val_bytes")
-ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")  # first one found closes texts
+# Merging costs the square of a word's length, and DNA or base64 is one word: longer runs are cut.
+LONG_RUN = r"\p{L}{128}|[^\p{L}\s]{128}|\s{128}"
+
+# --- sources: what the user named -> local files -> (split, text, ends a document) -----------
 
 
-# ---------------------------------------------------------------------------------------------
-# sources: what the user named -> local files -> (split, text, ends a document)
+def hide_secrets(source):
+    """`source`, of a URL without user, password and query: what may be shown and stored."""
+    url = re.fullmatch(r"(https?://)(?:[^/?#\s]*@)?([\w.-]+|\[[\da-f:.]+\])(:\d+)?(/[^?#\s]*)?"
+                       r"(?:[?#]\S*)?", source, re.I)
+    if not url and re.match(r"(?!hf:)\w{2,}:/", source):  # not quoted: it may hold a password
+        raise UserError("--source: a URL must read https://host/path, without blanks", 2)
+    return "".join(part or "" for part in url.groups()) if url else source
 
 
-def fetch(url, path):
-    """Download `url` to `path` unless it is there: retries, progress, whole or not at all."""
+def require_network(host="huggingface.co", remedy="HF_HUB_OFFLINE=1 uses what is on this machine"):
+    """Raise UserError at once where `host` cannot be reached: clients retry for half a minute.
+    HF_HUB_OFFLINE skips the test for the hub, whose clients then look into their cache only."""
+    hub = host == "huggingface.co"
+    if hub and os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return
+    mirror = os.environ.get("HF_ENDPOINT") if hub else None
+    try:
+        requests.head(mirror or f"https://{host}", timeout=2)
+    except requests.ReadTimeout:
+        pass  # slow, but there
+    except OSError:
+        raise UserError(f"cannot reach {host}; {remedy}") from None
+
+
+def fetch(url, raw_dir):
+    """Download `url` into raw_dir unless it is there: whole or not at all. Returns the path."""
+    shown = hide_secrets(url)
+    name = re.sub(r"[^\w.-]", "_", shown.rstrip("/").rsplit("/", 1)[-1])[-80:]  # no path
+    # Two queries are two files; 32 bits of a hash do not give away a token in one.
+    digest = hashlib.sha256(re.sub(r"//[^/?#]*@", "//", url).encode()).hexdigest()[:8]
+    path = Path(raw_dir, f"raw-{digest}-{name}")
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".tmp-{path.name}")
-        session = requests.Session()
-        retry = Retry(total=3, backoff_factor=0.5, status_forcelist=(429, 500, 502, 503, 504))
-        for scheme in ("https://", "http://"):
-            session.mount(scheme, HTTPAdapter(max_retries=retry))
+        aside = path.with_name(f".tmp-{path.name}")
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        print0(f"downloading {shown} to {path}")
         try:
-            with session.get(url, stream=True, timeout=(10, 60)) as response:
-                response.raise_for_status()
-                size = int(response.headers.get("Content-Length", 0))
-                bar = dict(total=size, unit="B", unit_scale=True, desc=path.name, disable=None)
-                with open(beside, "wb") as f, tqdm(**bar) as progress:
-                    for block in response.iter_content(1 << 16):
-                        progress.update(f.write(block))
-        except OSError as error:  # those of requests too
-            beside.unlink(missing_ok=True)
-            answer = getattr(error, "response", None)
-            why = error.strerror or type(error).__name__ if answer is None else answer.status_code
-            fail(f"cannot download {url} ({why}); put the file at {path} by hand, or use text "
-                 "that needs no network: python prepare.py --dataset=stdlib")  # fmt: skip
-        beside.replace(path)
-        say(f"downloaded {url} -> {path} ({path.stat().st_size:,} bytes)")
-    wanted, found = {preset[0]: preset[3] for preset in PRESETS.values()}.get(url), sha256(path)
-    if wanted and found != wanted:
-        fail(f"{path} has SHA-256 {found}, not {wanted}; delete it to download it again")
+            with requests.get(url, stream=True, timeout=(10, 60)) as answer, open(aside, "wb") as f:
+                answer.raise_for_status()
+                f.writelines(answer.iter_content(1 << 16))
+        except (OSError, ValueError) as error:  # those of requests are OSErrors
+            aside.unlink(missing_ok=True)
+            why = getattr(error, "strerror", None) or type(error).__name__
+            why = getattr(getattr(error, "response", None), "status_code", why)
+            raise UserError(f"cannot download {shown} ({why}); put it at {path} by hand, or use "
+                            "--dataset=stdlib, which needs no network") from None
+        aside.replace(path)
+    wanted = {source: checksum for source, _, _, checksum in PRESETS.values()}.get(url)
+    if wanted and sha256(path) != wanted:
+        raise UserError(f"{path} has SHA-256 {sha256(path)}, not {wanted}; delete it to try again")
+    return path
 
 
-def source_files(source, raw_dir):
-    """A preset's name, a file, folder, glob or URL -> the local text files (list of Path)."""
-    if source in PRESETS and not Path(source).exists():
-        source = PRESETS[source][0]
-    if source == "stdlib":
-        root = Path(sysconfig.get_paths()["stdlib"])
-        skip = {"test", "tests", "idlelib", "site-packages", "dist-packages", "__pycache__"}
-        files = [p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts)]
-        return sorted(files, key=lambda p: p.relative_to(root).as_posix())
-    if source.startswith(("https://", "http://")):
-        name = re.sub(r"[^\w.-]", "_", source.rstrip("/").rsplit("/", 1)[-1])[-80:]  # no path
-        path = Path(raw_dir, f"raw-{hashlib.sha256(source.encode()).hexdigest()[:8]}-{name}")
-        fetch(source, path)
-        return [path]
-    if Path(source).is_dir():
-        files = [p for p in Path(source).rglob("*") if p.suffix.lower() in (".txt", ".md")]
-    else:
-        files = map(Path, [source] if Path(source).is_file() else glob(source, recursive=True))
-    files = sorted(p for p in files if p.is_file())
-    if not files:
-        fail(f"--source {source}: no such file, no folder with .txt or .md files, no glob such as "
-             f"'{source}/**/*.py' and no preset ({', '.join(PRESETS)})")  # fmt: skip
-    return files
+def preset_source(source):
+    """The source of the preset of that name, or `source` itself."""
+    return PRESETS[source][0] if source in PRESETS and not Path(source).exists() else source
+
+
+def source_files(sources, raw_dir):
+    """Presets' names, files, folders, globs and URLs (a str or several) -> the local text files, a
+    list of Paths in one order everywhere. Prints what a folder leaves out; downloads to raw_dir."""
+    sources = (sources,) if isinstance(sources, str) else sources
+    files = []
+    for source in map(preset_source, sources):
+        if source == "stdlib":
+            root = Path(sysconfig.get_paths()["stdlib"])
+            skip = {"test", "tests", "idlelib", "site-packages", "dist-packages", "__pycache__"}
+            found = [p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts)]
+        elif re.match("https?://", hide_secrets(source), re.I):
+            found = [fetch(source, raw_dir)]
+        elif Path(source).is_dir():
+            there = [p for p in Path(source).rglob("*") if p.is_file()]
+            found = [p for p in there if p.suffix.lower() in (".txt", ".md")]
+            others = Counter(p.suffix or p.name for p in set(there) - set(found))
+            kinds = ", ".join(f"{n:,} {kind}" for kind, n in others.most_common(5)) or "nothing"
+            print0(f"{source}: {len(found):,} .txt and .md files; left out {kinds}")
+        else:
+            found = [source] if Path(source).is_file() else glob(source, recursive=True)
+            found = [Path(p) for p in found if Path(p).is_file()]
+        if not found:
+            raise UserError(f"--source {source}: no such file, no folder with .txt or .md files, "
+                            f"no glob as '{source}/**/*.py', no preset ({', '.join(PRESETS)})")
+        files += sorted(found, key=lambda p: p.as_posix())
+    return list(dict.fromkeys(files))
+
+
+def split_of(checksum, val_fraction):
+    """'train' or 'val' by a document's SHA-256, so that the same text lands in the same split."""
+    return "val" if int(checksum[:12], 16) / 2**48 <= val_fraction else "train"
+
+
+def choose_splits(files, sums, val_fraction):
+    """'train', 'val' or 'both' (its last characters validate) for each of several files.
+
+    Whole documents go by their hash. Where they are few or uneven, so that the share of the bytes
+    is not about val_fraction, all are 'both': a whole language might be held out, or nothing.
+    """
+    splits = [split_of(checksum, val_fraction) for checksum in sums]
+    sizes = [path.stat().st_size for path in files]
+    val = [k for k, split in enumerate(splits) if split == "val"]
+    share = sum(sizes[k] for k in val) / sum(sizes)
+    if len(files) < 20 or not val_fraction / 2 <= share <= min(2 * val_fraction, 0.99):
+        print0(f"the last {val_fraction:.0%} of the characters of each of the {len(files):,} "
+               "documents validate: they are too few or uneven to hold out whole ones")
+        return ["both"] * len(files)
+    print0(f"{len(val):,} of {len(files):,} documents validate, {share:.1%} of the bytes: "
+           f"{', '.join(files[k].name for k in val[:3])}{', ...' if len(val) > 3 else ''}")
+    return splits
 
 
 def read_pieces(f, left=math.inf):
@@ -155,77 +208,77 @@ def read_pieces(f, left=math.inf):
                 yield rest[:cut]
                 rest = rest[cut:]
     except UnicodeDecodeError as error:
-        at = f.buffer.tell() - len(error.object) + error.start
-        fail(f"{f.name} is not UTF-8: byte {error.object[error.start]:#04x} at offset {at}; "
-             f"convert it: iconv -f ENCODING -t utf-8 {f.name}")  # fmt: skip
+        offset = f.buffer.tell() - len(error.object) + error.start
+        raise UserError(f"{f.name} is not UTF-8: byte {error.object[error.start]:#04x} at offset "
+                        f"{offset}; convert it: iconv -f ENCODING -t utf-8 {f.name}") from None
     if rest:
         yield rest
 
 
-def read_files(files, sums, val_fraction, one_text):
-    """Yield (split, text, ends a document) over local files; `sums` are their SHA-256."""
-    for file, checksum in zip(files, sums, strict=True):
+def read_files(files, splits, val_fraction, one_text):
+    """Yield (split, text, ends a document) over files; splits: what becomes of each."""
+    for file, split in zip(files, splits, strict=True):
         with open(file, encoding="utf-8", newline="") as f:  # keeps byte-order mark and CRLF
-            split = "val" if one_text or lot(checksum) <= val_fraction else "train"
-            if one_text:
+            if split == "both":
                 total = sum(len(piece) for piece in read_pieces(f))
                 f.seek(0)
                 for piece in read_pieces(f, int(total * (1 - val_fraction))):
                     yield "train", piece, False
+                yield "train", "", not one_text
+                split = "val"
             for piece in read_pieces(f):
                 yield split, piece, False
-        if not one_text:
-            yield split, "", True
-
-
-def lot(checksum):
-    """A number in [0, 1) for a document's SHA-256: the same text, the same split."""
-    return int(checksum[:12], 16) / 2**48
+            yield split, "", not one_text
 
 
 def read_hub(source, val_fraction, i, n):
     """Yield (split, text, True) over slice i of n of hf:REPO[:CONFIG[:COLUMN]], streamed."""
-    import datasets
-    from datasets.distributed import split_dataset_by_node
-
     repo, config, column = (source.removeprefix("hf:").split(":") + ["", ""])[:3]
     column = column or "text"
+    remedy = f"{source} needs a network, --dataset=stdlib does not"
+    if not Path(repo).exists():
+        require_network(remedy=remedy)
+    import datasets  # it takes seconds
+    from datasets.distributed import split_dataset_by_node
+
     try:
         rows = datasets.load_dataset(repo, config or None, split="train", streaming=True)
         for row in split_dataset_by_node(rows, i, n):
             text = row.get(column, 0) or ""
             if column not in row or not isinstance(text, str):
-                fail(f"{source}: no text column {column!r}; the columns are {', '.join(row)}: "
-                     f"--source hf:{repo}:{config}:COLUMN", 2)  # fmt: skip
-            place = lot(hashlib.sha256(text.encode()).hexdigest())
-            yield "val" if place <= val_fraction else "train", text, True
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        fail(f"cannot read {source}: {str(error)[:300]}; the hub needs a network, "
-             "--dataset=stdlib does not")  # fmt: skip
+                raise UserError(f"{source}: no text column {column!r}; the columns are "
+                                f"{', '.join(row)}: --source hf:{repo}:{config}:COLUMN", 2)
+            checksum = hashlib.sha256(text.encode()).hexdigest()
+            yield split_of(checksum, val_fraction), text, True
+    except UserError:
+        raise
+    except Exception as error:  # of datasets, fsspec, httpx or pyarrow: no common class
+        raise UserError(f"cannot read {source}: {str(error)[:300]}; {remedy}") from error
 
 
-# ---------------------------------------------------------------------------------------------
-# tokenizers
+# --- tokenizers ------------------------------------------------------------------------------
 
 
 class Tokenizer:
-    """tiktoken and Hugging Face tokenizers behind one face. Special tokens in text are text.
+    """tiktoken and Hugging Face tokenizers behind one interface. Special tokens in text are text.
 
     name: what meta.json says; vocab_size; eot_id: the end-of-text token's id, or None.
     """
 
-    def __init__(self, name, engine):
-        self.name, self.engine = name, engine
+    def __init__(self, name, engine, eot_id=None):
+        self.name, self.engine, self.unk_id = name, engine, None
         self.tiktoken = isinstance(engine, tiktoken.Encoding)
         if self.tiktoken:
             self.vocab_size, self.eot_id = engine.n_vocab, engine.eot_token
-        else:
-            engine.encode_special_tokens = True
-            engine.no_truncation()  # what the file asks for is meant for other uses
-            engine.no_padding()
-            vocabulary = engine.get_vocab()
-            self.vocab_size = max(vocabulary.values(), default=-1) + 1  # ids may have gaps
-            self.eot_id = next((vocabulary[name] for name in ENDS if name in vocabulary), None)
+            return
+        engine.encode_special_tokens = True
+        engine.no_truncation()  # what the file asks for is meant for other uses
+        engine.no_padding()
+        vocabulary = engine.get_vocab()
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1  # ids may have gaps
+        self.unk_id = vocabulary.get(getattr(engine.model, "unk_token", None))
+        known = (vocabulary[end] for end in ENDS if end in vocabulary)
+        self.eot_id = next(known, None) if eot_id is None else eot_id
 
     def encode_batch(self, texts):
         """list of str -> list of integer arrays."""
@@ -235,102 +288,134 @@ class Tokenizer:
         return [np.array(row.ids, dtype=np.uint32) for row in rows]
 
     def encode(self, text):
-        """str -> list of token ids."""
+        """str -> list of token ids. Bytes of a command line that are no UTF-8 become U+FFFD."""
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return self.encode_batch([text])[0].tolist()
 
     def decode(self, ids):
-        """Token ids -> str; bytes that are no UTF-8 become U+FFFD."""
+        """Token ids -> str; bytes that are no UTF-8 become U+FFFD, ids without a token nothing."""
         ids = [int(i) for i in ids]
-        if self.tiktoken:
+        if not self.tiktoken:
+            return self.engine.decode(ids, skip_special_tokens=False)
+        try:
             return self.engine.decode(ids)
-        return self.engine.decode(ids, skip_special_tokens=False)
+        except KeyError:  # of a head padded past the vocabulary, or of the gaps in cl100k_base
+            known = []
+            for i in ids:
+                with contextlib.suppress(KeyError):
+                    known.append(self.engine.decode_single_token_bytes(i))
+            return b"".join(known).decode("utf-8", "replace")
+
+    def count_lost(self, text):
+        """About how many characters of `text` do not come back from its tokens."""
+        again = text if self.tiktoken else self.decode(self.encode(text))
+        if len(again) != len(text):  # a blank in front of every text is no loss
+            return abs(len(again) - len(text)) * (again != " " + text)
+        return sum(a != b for a, b in zip(again, text, strict=True))
+
+
+def tokenizer_files(folder):
+    """{file name: text} of a data folder's or checkpoint's meta.json and tokenizer.json, if any. A
+    run reads them once, and writes them into its checkpoints: the folder may be made anew."""
+    meta = read_meta(folder)
+    files = {"meta.json": json.dumps(meta, indent=2) + "\n"}
+    if meta["tokenizer"].endswith(".json"):  # only that name: a stranger's may lead elsewhere
+        path = shard_folders(folder)[0] / "tokenizer.json"
+        try:
+            files[path.name] = path.read_bytes().decode()
+        except (OSError, ValueError) as error:
+            raise UserError(f"tokenizer file {path} cannot be read: {error}") from None
+    return files
 
 
 def load_tokenizer(folder):
     """The Tokenizer of a data folder or checkpoint (it holds meta.json)."""
-    name = Path(read_meta(folder)["tokenizer"]).name  # a stranger's file may not lead elsewhere
-    if name.endswith(".json"):
-        return Tokenizer(name, open_tokenizer_file(parts(folder)[0] / name))
-    return open_tiktoken(name)
+    meta = read_meta(folder)
+    if not meta["tokenizer"].endswith(".json"):
+        return open_tiktoken(meta["tokenizer"])
+    path = shard_folders(folder)[0] / "tokenizer.json"
+    tokenizer = Tokenizer(path.name, open_tokenizer_file(path), meta["eot_id"])
+    same = meta["tokenizer_sha256"] in (None, sha256(path))
+    if tokenizer.vocab_size != meta["vocab_size"] or not same:
+        raise UserError(f"{path} is not the tokenizer that meta.json names; prepare the data again")
+    return tokenizer
 
 
 def open_tokenizer_file(path):
     """The Hugging Face tokenizer in a tokenizer.json, or in the folder that holds one."""
-    path = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+    path = Path(path, "tokenizer.json") if Path(path).is_dir() else Path(path)
     try:
         return HFTokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises nothing more precise
-        fail(f"tokenizer file {path} cannot be read: {error}")
+        raise UserError(f"tokenizer file {path} cannot be read: {first_line(error)}") from None
+
+
+def find_eot_id(engine, folder):
+    """The end-of-text id that a transformers model's folder names in its configuration, or None.
+    engine: the folder's Hugging Face tokenizer."""
+    for name in ("tokenizer_config.json", "generation_config.json", "config.json"):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # not there, or nothing said
+            config = json.loads(Path(folder, name).read_text(encoding="utf-8"))
+            token = config.get("eos_token", config.get("eos_token_id"))
+            token = token.get("content") if isinstance(token, dict) else token
+            token = token[0] if isinstance(token, list) and token else token  # several: Llama 3
+            token = engine.token_to_id(token) if isinstance(token, str) else token
+            if token in engine.get_vocab().values():
+                return token
+    return None
 
 
 def open_tiktoken(name):
-    """The tiktoken encoding `name`; exits with code 2 if there is none, 1 if it cannot be had."""
+    """The Tokenizer of tiktoken's encoding `name`. UserError if there is none or no network."""
     if name not in tiktoken.list_encoding_names():
         names = ", ".join(["bpe", "char", *tiktoken.list_encoding_names()])
-        fail(f"tokenizer {name}: neither a tokenizer.json that is there nor one of {names}", 2)
+        raise UserError(f"tokenizer {name}: no tokenizer.json, no folder, none of {names}", 2)
     try:
         return Tokenizer(name, tiktoken.get_encoding(name))
     except (OSError, ValueError) as error:
-        fail(f"cannot download the vocabulary of {name} ({type(error).__name__}); point "
-             "TIKTOKEN_CACHE_DIR to a copy, or train one here: --tokenizer=bpe")  # fmt: skip
+        raise UserError(f"cannot download the vocabulary of {name} ({type(error).__name__}); point "
+                        "TIKTOKEN_CACHE_DIR to a copy, or use --tokenizer=bpe") from None
 
 
-def make_tokenizer(cfg, texts, size):
-    """The Tokenizer that `cfg` asks for. `texts()` iterates over the text; `size`: its bytes, or
-    None where they are not known. 'bpe' and 'char' are made from the text, the rest is loaded."""
-    if cfg.tokenizer == "char":
-        seen = set()
-        for text in texts():
-            seen.update(text)
-        vocabulary = {c: i for i, c in enumerate([*sorted(seen), END_OF_TEXT])}
+def default_vocab_size(n_bytes):
+    """Tokens of a BPE for a text of n_bytes: 2 sqrt(n) as a power of two, from 512 to 4,096, so
+    that a small text repeats its tokens, too."""
+    return min(4096, max(512, 2 ** round(math.log2(2 * math.sqrt(n_bytes)))))
+
+
+def make_tokenizer(name, pieces, n_bytes=None, vocab_size=None):
+    """The Tokenizer `name` of Config: 'bpe' and 'char' are made from the text, others loaded.
+    pieces: returns an iterator over (split, text, ends a document). n_bytes: the text's size."""
+    if name.endswith(".json"):
+        engine = open_tokenizer_file(name)
+        return Tokenizer("tokenizer.json", engine, find_eot_id(engine, Path(name).parent))
+    if name == "char":
+        characters = sorted(set().union(*(text for _, text, _ in pieces())))
+        vocabulary = {c: i for i, c in enumerate([*characters, END_OF_TEXT])}
         engine = HFTokenizer(models.WordLevel(vocabulary, unk_token=END_OF_TEXT))
         engine.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
         engine.decoder = decoders.Fuse()
         engine.add_special_tokens([END_OF_TEXT])
-    elif cfg.tokenizer == "bpe":
+    elif name == "bpe":
         engine = HFTokenizer(models.BPE())
-        engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        cut = pre_tokenizers.Split(Regex(LONG_RUN), "isolated")
+        engine.pre_tokenizer = pre_tokenizers.Sequence([cut, byte_level])
         engine.decoder = decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(vocab_size=cfg.vocab_size, special_tokens=[END_OF_TEXT],
-                                      initial_alphabet=alphabet, show_progress=False)  # fmt: skip
-        say(f"training a BPE of {cfg.vocab_size:,} tokens ...")
-        engine.train_from_iterator(sample(texts(), size), trainer)
-        if engine.get_vocab_size() < cfg.vocab_size:
-            fail(f"--vocab_size {cfg.vocab_size}: this text gives only {engine.get_vocab_size()} "
-                 f"tokens; use --vocab_size {engine.get_vocab_size()} or more text")  # fmt: skip
-    elif cfg.tokenizer.endswith(".json"):
-        engine = open_tokenizer_file(cfg.tokenizer)
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=[END_OF_TEXT],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+        print0(f"training a BPE of {vocab_size:,} tokens ...")
+        # Every k-th piece, so that about SAMPLE characters are counted; of a stream the first ones.
+        stop = None if n_bytes else SAMPLE // PIECE * 16
+        sample = itertools.islice(pieces(), 0, stop, (n_bytes or 0) // SAMPLE + 1)
+        engine.train_from_iterator((text for _, text, _ in sample), trainer)
     else:
-        return open_tiktoken(cfg.tokenizer)
+        return open_tiktoken(name)
     return Tokenizer("tokenizer.json", engine)
 
 
-def sample(texts, size):
-    """About SAMPLE characters: every k-th piece where `size` is known, else the first ones."""
-    every, taken = (size or 0) // SAMPLE + 1, 0
-    for i, text in enumerate(texts):
-        if i % every == 0:
-            yield text
-            taken += len(text)
-        if taken > SAMPLE:
-            return
-
-
-# ---------------------------------------------------------------------------------------------
-# tokens -> files
-
-
-def groups(pieces):
-    """Gather (split, text, ends) into lists of about PIECE characters."""
-    group, characters = [], 0
-    for piece in pieces:
-        group.append(piece)
-        characters += len(piece[1]) + 1
-        if characters >= PIECE:
-            yield group
-            group, characters = [], 0
-    yield group
+# --- tokens -> files -------------------------------------------------------------------------
 
 
 def in_order(function, items, workers):
@@ -345,70 +430,76 @@ def in_order(function, items, workers):
             yield waiting.popleft().result()
 
 
-def write_splits(folder, pieces, tokenizer, size):
-    """Tokenize on all cores into folder/.tmp-{train,val}.npy; returns meta.json's counts."""
+def write_splits(folder, pieces, tokenizer, n_bytes):
+    """Tokenize on all cores into folder/.tmp-{train,val}.npy.
+
+    Returns (meta.json's counts and dtype, the share of the text that the tokenizer lost).
+    """
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     counts = dict.fromkeys(COUNTS, 0)
+    losses = np.zeros(4)  # unknown tokens, of all; characters lost, of those probed
 
-    def header(n):  # 128 bytes, as numpy.lib.format says
-        text = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': ({n},), }}"
-        return b"\x93NUMPY\x01\x00\x76\x00" + text.ljust(117).encode() + b"\n"
+    def write_header(f, n):  # as long for every n
+        fields = {"descr": dtype.str, "fortran_order": False, "shape": (n,)}
+        np.lib.format.write_array_header_1_0(f, fields)
 
     def tokenize(group):
         rows = tokenizer.encode_batch([text for _, text, _ in group])
+        unknown = sum(np.count_nonzero(ids == tokenizer.unk_id) for ids in rows)
+        probe = max((text for _, text, _ in group), key=len)[:PROBE]
+        lost = [unknown, sum(map(len, rows)), tokenizer.count_lost(probe), len(probe)]
         for row, (split, text, ends) in enumerate(group):
             ids = np.append(rows[row], tokenizer.eot_id) if ends else rows[row]
             rows[row] = split, ids.astype(dtype), len(text.encode())
-        return rows
+        return rows, lost
 
     with contextlib.ExitStack() as stack:
         files = {s: stack.enter_context(open(folder / f".tmp-{s}.npy", "wb")) for s in SPLITS}
-        bar = stack.enter_context(tqdm(total=size, unit="B", unit_scale=True, disable=None))
+        bar = stack.enter_context(tqdm(total=n_bytes, unit="B", unit_scale=True, disable=None))
         for f in files.values():
-            f.write(header(0))
-        for rows in in_order(tokenize, groups(pieces), os.cpu_count() or 1):
-            for split, ids, n_bytes in rows:
+            write_header(f, 0)
+        groups = iter(lambda: list(itertools.islice(pieces, 32)), [])
+        for rows, lost in in_order(tokenize, groups, os.cpu_count() or 1):
+            losses += lost
+            for split, ids, size in rows:
                 files[split].write(ids)
                 counts[f"{split}_tokens"] += len(ids)
-                counts[f"{split}_bytes"] += n_bytes
-                bar.update(n_bytes)
-            tokens = counts["train_tokens"] + counts["val_tokens"]
-            bar.set_postfix_str(f"{tokens / 1e6:.1f}M tokens", refresh=False)
+                counts[f"{split}_bytes"] += size
+                bar.update(size)
         for split, f in files.items():
             f.seek(0)
-            f.write(header(counts[f"{split}_tokens"]))
+            write_header(f, counts[f"{split}_tokens"])
             f.flush()
             os.fsync(f.fileno())
-    return {**counts, "dtype": dtype.name}
+    unknown, tokens, lost, probed = losses
+    share = max(unknown / max(1, tokens), min(lost, probed) / max(1, probed))
+    return {**counts, "dtype": dtype.name}, share
 
 
-# ---------------------------------------------------------------------------------------------
-# files -> tokens: what train.py reads
+# --- files -> tokens: what train.py reads ----------------------------------------------------
 
 
-class Joined:
-    """Token arrays read as one, without a copy: len(), .dtype and [start:stop]."""
+class ConcatTokens:
+    """Token arrays read as one, without a copy of the whole: len(), .dtype and [start:stop]."""
 
     def __init__(self, arrays):
         self.arrays, self.dtype = arrays, arrays[0].dtype
-        self.ends = list(accumulate(len(array) for array in arrays))
+        self.starts = [0, *itertools.accumulate(map(len, arrays))]
 
     def __len__(self):
-        return self.ends[-1]
+        return self.starts[-1]
 
-    def __getitem__(self, place):
-        start, stop, step = place.indices(len(self))
+    def __getitem__(self, window):
+        start, stop, step = window.indices(len(self))
         if step != 1:
-            raise ValueError(f"only slices with a step of 1 can be read, not {place}")
-        found = []
-        for array, end in zip(self.arrays, self.ends, strict=True):
-            first = end - len(array)
-            if max(start, first) < min(stop, end):
-                found.append(array[max(start - first, 0) : stop - first])
-        return np.concatenate(found) if len(found) > 1 else (found or [self.arrays[0][:0]])[0]
+            raise ValueError(f"only slices with a step of 1 can be read, not {window}")
+        inside = [array[max(start - first, 0) : stop - first]
+                  for array, first in zip(self.arrays, self.starts, strict=False)
+                  if first < stop and start < first + len(array)]
+        return inside[0] if len(inside) == 1 else np.concatenate([self.arrays[0][:0], *inside])
 
 
-def parts(folder):
+def shard_folders(folder):
     """The folders that make up a data set: `folder` itself or all of its shards, in order."""
     folder, digits = Path(folder), "[0-9]" * 3
     shards = {p.parent for p in folder.glob(f"shard-{digits}-of-{digits}/meta.json")}
@@ -417,162 +508,209 @@ def parts(folder):
     n = int(max(shards).name[-3:])
     wanted = [folder / f"shard-{i:03}-of-{n:03}" for i in range(n)]
     if odd := shards ^ set(wanted):
-        fail(f"{min(odd)} is missing or no shard of the others; make all {n} with --shard=0/{n} "
-             f"to {n - 1}/{n}, the other options alike")  # fmt: skip
+        raise UserError(f"{min(odd)} is missing or no shard of the others; make all {n} with "
+                        f"--shard=0/{n} to {n - 1}/{n}, the other options alike")
     return wanted
+
+
+def is_prepared(folder):
+    """Whether `folder` holds a data set, whole or in shards."""
+    return (shard_folders(folder)[0] / "meta.json").exists()
 
 
 def read_meta(folder):
     """meta.json of a data folder or checkpoint; of shards: the first one's with the sums of all."""
     metas = []
-    for part in parts(folder):
+    for part in shard_folders(folder):
         try:
             meta = json.loads((part / "meta.json").read_text(encoding="utf-8"))
             meta |= {name: int(meta[name]) for name in (*COUNTS, "vocab_size", "eot_id")}
             if meta["format_version"] != FORMAT_VERSION or not isinstance(meta["tokenizer"], str):
                 raise ValueError("it is of another version")
+            if not (0 <= meta["eot_id"] < meta["vocab_size"] <= 2**31
+                    and min(meta[name] for name in COUNTS) >= 0):
+                raise ValueError(f"vocab_size {meta['vocab_size']}, eot_id {meta['eot_id']}")
         except Exception as error:  # it may be a stranger's: anything can be in it
-            fail(f"{part / 'meta.json'} cannot be read ({error!r}); delete {part} and run "
-                 "prepare.py again")  # fmt: skip
-        metas.append(meta)
+            raise UserError(f"{part / 'meta.json'} cannot be read ({error!r}); delete {part} and "
+                            "run prepare.py again") from error
+        metas.append({"lossless": True, "tokenizer_sha256": None, **meta})  # older ones do not say
         for name in ("tokenizer", "vocab_size", "eot_id", "dtype", "source", "settings"):
             if meta.get(name) != metas[0].get(name):
-                fail(f"{part} has {name} {meta.get(name)}, the first shard {metas[0].get(name)}; "
-                     f"delete {part} and make it again with the options of the others")  # fmt: skip
-    return {**metas[0], **{name: sum(meta[name] for meta in metas) for name in COUNTS}}
+                raise UserError(f"{part} has {name} {meta.get(name)}, the first shard "
+                                f"{metas[0].get(name)}; make it again with the others' options")
+    sums = {name: sum(meta[name] for meta in metas) for name in COUNTS}
+    return {**metas[0], **sums, "lossless": all(meta["lossless"] for meta in metas)}
 
 
 def open_split(folder, split):
-    """The tokens of data/NAME/split.npy, or of all its shards one after another; nothing is
-    copied into memory."""
+    """The tokens of split.npy, or of all shards one after another, not copied into memory."""
     arrays = []
-    for part in parts(folder):
-        file, expected = part / f"{split}.npy", read_meta(part)[f"{split}_tokens"]
-        try:
-            arrays.append(np.load(file, mmap_mode="r" if expected else None))
-            if arrays[-1].shape != (expected,):
-                raise ValueError(f"{arrays[-1].shape} tokens, not {expected}")
-        except (OSError, ValueError, EOFError) as error:
-            fail(f"{file} is damaged ({error}); delete {part} and run prepare.py again")
-    return arrays[0] if len(arrays) == 1 else Joined(arrays)
+    for part in shard_folders(folder):
+        file = part / f"{split}.npy"
+        expected = read_meta(part)[f"{split}_tokens"]
+        try:  # no memory map is empty
+            array = np.load(file, mmap_mode="r" if expected else None, allow_pickle=False)
+            if array.dtype.kind not in "ui" or not array.dtype.isnative:
+                raise ValueError(f"{array.dtype} is no type of token ids here")
+            if array.dtype.kind == "i" and expected and array.min() < 0:
+                raise ValueError("a token id is negative")
+            if array.shape != (expected,):
+                raise ValueError(f"{array.shape} tokens, not {expected}")
+        except Exception as error:  # a stranger's file: numpy raises anything
+            raise UserError(f"{file} is damaged ({first_line(error)}); delete {part} and run "
+                            "prepare.py again") from error
+        arrays.append(array)
+    return arrays[0] if len(arrays) == 1 else ConcatTokens(arrays)
 
 
-# ---------------------------------------------------------------------------------------------
-# main
+# --- main ------------------------------------------------------------------------------------
+
+
+def name_after(sources):
+    """A name for the data set made of `sources`; a preset's name only for the preset itself."""
+    if len(sources) == 1 and sources[0] in PRESETS and not Path(sources[0]).exists():
+        return sources[0]
+    paths = [re.sub(r"^hf:([^:]*).*|[*?[].*", r"\1", hide_secrets(source)) for source in sources]
+    name = re.sub(r"\W+", "-", "-".join(Path(path).resolve().stem for path in paths)).strip("-")
+    return name[:60] if name and name not in PRESETS else f"my-{name}"
 
 
 def resolve(cfg):
     """(`cfg` with the preset's values filled in, shard, shards), everything checked."""
-    if not re.fullmatch(r"\w[\w.-]*", cfg.dataset) or ".." in cfg.dataset:
-        fail(f"--dataset {cfg.dataset!r} must be one plain folder name, such as mine", 2)
-    preset = PRESETS.get(cfg.dataset, (None, "bpe", None, None))
-    source, tokenizer, size = cfg.source or preset[0], cfg.tokenizer or preset[1], cfg.vocab_size
-    if source is None:
-        fail(f"--dataset {cfg.dataset} is no preset ({', '.join(PRESETS)}); "
-             "give your text too: --source PATH", 2)  # fmt: skip
+    sources = (cfg.source,) if isinstance(cfg.source, str) else tuple(cfg.source or ())
+    dataset = cfg.dataset
+    if dataset is None:
+        dataset = name_after(sources) if sources else "stdlib"
+    if not re.fullmatch(r"\w[\w.-]{0,99}", dataset) or ".." in dataset:
+        raise UserError(f"--dataset {dataset!r} must be one plain folder name, such as mine", 2)
+    if not sources and dataset not in PRESETS:
+        raise UserError(f"--dataset {dataset} is no preset ({', '.join(PRESETS)}); "
+                        "give your text too: --source PATH", 2)
+    source, tokenizer, _, _ = PRESETS.get(dataset, (None, "bpe", None, None))
+    sources = tuple(map(preset_source, sources)) or (source,)
+    if len(sources) > 1 and any(source.startswith("hf:") for source in sources):
+        raise UserError("--source: a hub data set (hf:...) stands alone, not beside others", 2)
     if not 0 < cfg.val_fraction < 1:
-        fail(f"--val_fraction {cfg.val_fraction} must lie between 0 and 1, as 0.1 does", 2)
-    if tokenizer == "bpe":
-        size = (preset[2] or 4096) if size is None else size
-        if not 257 <= size <= 2**20:  # 256 bytes and the end-of-text token
-            fail(f"--vocab_size {size} must lie between 257 and {2**20}, as 4096 does", 2)
-    elif size is not None:
-        fail(f"--vocab_size {size} goes with --tokenizer=bpe; {tokenizer} brings its own", 2)
-    found = re.fullmatch(r"(\d{1,3})/(\d{1,3})", cfg.shard or "0/1")
-    i, n = map(int, found.groups()) if found else (0, 0)
+        raise UserError(f"--val_fraction {cfg.val_fraction} must lie between 0 and 1, as 0.1", 2)
+    tokenizer = cfg.tokenizer or tokenizer
+    if tokenizer not in ("bpe", "char", *tiktoken.list_encoding_names()):
+        tokenizer += "/tokenizer.json" if Path(tokenizer).is_dir() else ""
+    size = cfg.vocab_size
+    if tokenizer != "bpe" and size is not None:
+        raise UserError(f"--vocab_size {size} goes with --tokenizer=bpe, not {tokenizer}", 2)
+    if size is not None and not 257 <= size <= 2**20:  # 256 bytes and the end-of-text token
+        raise UserError(f"--vocab_size {size} must lie between 257 and {2**20}, as 4096 does", 2)
+    slice_of = re.fullmatch(r"(\d{1,3})/(\d{1,3})", cfg.shard or "0/1")
+    i, n = map(int, slice_of.groups()) if slice_of else (0, 0)
     if i >= n:
-        fail(f"--shard {cfg.shard} must be i/n with i from 0 to n - 1 and n up to 999, as 0/4", 2)
+        raise UserError(f"--shard {cfg.shard} must be i/n with i from 0 to n - 1, as 0/4", 2)
     if cfg.shard and tokenizer in ("bpe", "char"):
-        fail(f"--shard {cfg.shard}: all shards need one tokenizer that is there already, not "
-             f"--tokenizer={tokenizer}; use gpt2 or the tokenizer.json of a sample", 2)  # fmt: skip
-    if Path(tokenizer).is_dir() and tokenizer not in tiktoken.list_encoding_names():
-        tokenizer = str(Path(tokenizer, "tokenizer.json"))
-    return replace(cfg, source=source, tokenizer=tokenizer, vocab_size=size), i, n
+        raise UserError(f"--shard {cfg.shard}: shards share a tokenizer that is there already, not "
+                        f"--tokenizer={tokenizer}; use gpt2 or the tokenizer.json of a sample", 2)
+    return replace(cfg, dataset=dataset, source=sources, tokenizer=tokenizer), i, n
 
 
 def main(cfg):
-    """Prepare one data set, or one shard of it; does nothing where it is there already."""
+    """Prepare one data set, or one shard of it; does nothing where it is there already. Returns
+    the folder, for load_tokenizer and open_split."""
+    own_text = bool(cfg.source)
     cfg, i, n = resolve(cfg)
-    folder = whole = Path(cfg.data_dir, cfg.dataset)
-    if cfg.shard:
-        folder = whole / f"shard-{i:03}-of-{n:03}"
-        if (whole / "meta.json").exists():
-            fail(f"{whole} was prepared without --shard; delete it or choose another --dataset")
-    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    whole = Path(cfg.data_dir, cfg.dataset)
+    folder = whole / f"shard-{i:03}-of-{n:03}" if cfg.shard else whole
+    if cfg.shard and (whole / "meta.json").exists():
+        raise UserError(f"{whole} was made without --shard; delete it or take another --dataset")
     lock = lock_folder(folder)
     try:
         build(cfg, folder, i, n)
     except OSError as error:
-        fail(f"{error.filename or folder}: {error.strerror or error}; {folder} is as it was")
-    except KeyboardInterrupt:
-        fail(f"interrupted; {folder} is as it was", 130)
+        raise UserError(f"{error.filename or folder}: {error.strerror or error}; {folder} is as it "
+                        "was") from error
     finally:
-        with contextlib.suppress(OSError):
-            clean(folder)
-            if os.listdir(folder) == [".lock"]:  # it failed: leave no trace
-                (folder / ".lock").unlink()
-                for path in new:
-                    path.rmdir()
+        for leftover in folder.glob(".tmp-*"):
+            leftover.unlink()
         lock.release()
+        if os.listdir(folder) == [".lock"]:  # a first run that failed leaves nothing
+            remove(folder)
+    if own_text and not cfg.shard:
+        print0(f"next: python train.py --dataset={cfg.dataset}")
+    return whole
 
 
-def clean(folder):
-    """Remove what a run left that was killed or failed."""
-    for leftover in folder.glob(".tmp-*"):
-        leftover.unlink()
+def open_sources(cfg, folder, i, n):
+    """Slice i of n of the sources: (a function that returns an iterator over (split, text, ends a
+    document), size in bytes, SHA-256), the last two None for a hub data set."""
+    if cfg.source[0].startswith("hf:"):
+        return partial(read_hub, cfg.source[0], cfg.val_fraction, i, n), None, None
+    found = source_files(cfg.source, folder)
+    files = [path for path in found if path.stat().st_size]
+    sources = " ".join(map(hide_secrets, cfg.source))
+    if not files:
+        raise UserError(f"--source {sources} is empty: there is nothing to tokenize")
+    if cfg.shard and len(files) < max(n, 2):
+        raise UserError(f"--shard {cfg.shard} needs {n} documents, {sources} has {len(files)}")
+    empty = f", {len(found) - len(files)} empty left out" if len(found) > len(files) else ""
+    one_text, files = len(files) == 1, files[i::n]
+    size = sum(path.stat().st_size for path in files)
+    print0(f"reading {len(files):,} file(s), {size:,} bytes, from {sources}{empty}")
+    sums = [sha256(path) for path in files]
+    if cfg.shard:  # it does not see the others' documents: the hash alone decides
+        splits = [split_of(checksum, cfg.val_fraction) for checksum in sums]
+    else:
+        splits = ["both"] if one_text else choose_splits(files, sums, cfg.val_fraction)
+    digest = sums[0] if one_text else hashlib.sha256("".join(sums).encode()).hexdigest()
+    return partial(read_files, files, splits, cfg.val_fraction, one_text), size, digest
 
 
 def build(cfg, folder, i, n):
     """Make slice i of n in `folder`: every file beside the old one, then all renamed."""
-    clean(folder)
-    if cfg.source.startswith("hf:"):
-        size = digest = None
-        pieces = partial(read_hub, cfg.source, cfg.val_fraction, i, n)
-    else:
-        files = [path for path in source_files(cfg.source, folder) if path.stat().st_size]
-        one_text, share = len(files) == 1, cfg.val_fraction
-        if not files:
-            fail(f"--source {cfg.source} is empty: there is nothing to tokenize")
-        if cfg.shard and len(files) < max(n, 2):
-            fail(f"--shard {cfg.shard} needs {n} documents, and {cfg.source} has {len(files)}")
-        files = files[i::n]
-        sums, size = [sha256(path) for path in files], sum(path.stat().st_size for path in files)
-        digest = sums[0] if one_text else hashlib.sha256("".join(sums).encode()).hexdigest()
-        if not one_text and not cfg.shard:
-            share = max(share, min(map(lot, sums)))  # of a handful of documents one validates
-        pieces = partial(read_files, files, sums, share, one_text)
+    pieces, n_bytes, digest = open_sources(cfg, folder, i, n)
+    source = " ".join(map(hide_secrets, cfg.source))
+    vocab_size = None
+    if cfg.tokenizer == "bpe":
+        preset_size = PRESETS.get(cfg.dataset, (None, None, None))[2]
+        vocab_size = cfg.vocab_size or preset_size or default_vocab_size(n_bytes or SAMPLE)
     name = sha256(cfg.tokenizer) if cfg.tokenizer.endswith(".json") else cfg.tokenizer
-    asked = {"source": cfg.source, "source_sha256": digest, "format_version": FORMAT_VERSION,
-             "settings": [name, cfg.vocab_size, cfg.val_fraction]}  # fmt: skip
+    asked = {"source": source, "source_sha256": digest, "format_version": FORMAT_VERSION,
+             "settings": [name, vocab_size, cfg.val_fraction]}
     if (folder / "meta.json").exists():
         there = read_meta(folder)
         if {key: there.get(key) for key in asked} == asked:
             train, val = (len(open_split(folder, split)) for split in SPLITS)
-            say(f"{folder} is ready: {train:,} train and {val:,} val tokens from the same source; "
-                "nothing to do")  # fmt: skip
+            print0(f"{folder} is ready: {train:,} train and {val:,} val tokens from the same "
+                   "source; nothing to do")
             return
-    tokenizer = make_tokenizer(cfg, lambda: (text for _, text, _ in pieces()), size)
+        print0(f"replacing {folder}, made from {there.get('source')}")
+    tokenizer = make_tokenizer(cfg.tokenizer, pieces, n_bytes, vocab_size)
     if tokenizer.eot_id is None:
-        fail(f"--tokenizer {cfg.tokenizer} has no end-of-text token: one of {', '.join(ENDS)}")
+        raise UserError(f"--tokenizer {cfg.tokenizer} has no end-of-text token: {', '.join(ENDS)}")
+    if cfg.vocab_size and tokenizer.vocab_size < cfg.vocab_size:
+        raise UserError(f"--vocab_size {cfg.vocab_size}: this text gives only "
+                        f"{tokenizer.vocab_size} tokens; leave it out, or give more text")
+    counts, lost = write_splits(folder, pieces(), tokenizer, n_bytes)
+    if lost > 0.01:
+        raise UserError(f"--tokenizer {cfg.tokenizer} cannot write this text: {lost:.1%} of it is "
+                        "lost; use --tokenizer=bpe, or one that is made for it")
+    if lost:
+        print0(f"warning: --tokenizer {cfg.tokenizer} loses about {lost:.2%} of the text")
+    if min(counts["train_tokens"], counts["val_tokens"]) < 2 and not cfg.shard:
+        raise UserError(f"train and val have {counts['train_tokens']} and {counts['val_tokens']} "
+                        "tokens, too few to predict one; give more text or another "
+                        f"--val_fraction (now {cfg.val_fraction})")
     meta = {"tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size,
-            "eot_id": tokenizer.eot_id, **write_splits(folder, pieces(), tokenizer, size),
-            **asked}  # fmt: skip
-    for split in SPLITS:
-        if (tokens := meta[f"{split}_tokens"]) < 2 and not cfg.shard:
-            fail(f"the {split} split has {tokens} token(s), too few to predict one; give more "
-                 f"text or another --val_fraction (now {cfg.val_fraction})")  # fmt: skip
+            "tokenizer_sha256": tokenizer.name, "eot_id": tokenizer.eot_id, **counts,
+            "lossless": not lost, **asked}
     if tokenizer.name == "tokenizer.json":
-        text = tokenizer.engine.to_str(pretty=True)
-        (folder / ".tmp-tokenizer.json").write_text(text, encoding="utf-8")
+        (folder / ".tmp-tokenizer.json").write_bytes(tokenizer.engine.to_str(True).encode())
+        meta["tokenizer_sha256"] = sha256(folder / ".tmp-tokenizer.json")
     (folder / ".tmp-meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
     (folder / "meta.json").unlink(missing_ok=True)  # without it nothing counts as prepared
     (folder / "tokenizer.json").unlink(missing_ok=True)
-    for made in ("train.npy", "val.npy", "tokenizer.json", "meta.json"):  # meta.json last
-        if (folder / f".tmp-{made}").exists():
-            (folder / f".tmp-{made}").replace(folder / made)
-    say(f"{folder}: {meta['train_tokens']:,} train and {meta['val_tokens']:,} val tokens, "
-        f"vocabulary {meta['vocab_size']:,}, from {cfg.source}")  # fmt: skip
+    for name in ("train.npy", "val.npy", "tokenizer.json", "meta.json"):  # meta.json last
+        if (folder / f".tmp-{name}").exists():
+            (folder / f".tmp-{name}").replace(folder / name)
+    print0(f"{folder}: {meta['train_tokens']:,} train and {meta['val_tokens']:,} val tokens, "
+           f"vocabulary {meta['vocab_size']:,}, from {source}")
 
 
 if __name__ == "__main__":
-    main(CFG)
+    run_script(main, CFG)

@@ -1,410 +1,372 @@
-"""Look instead of read: one self-contained HTML page about a run of train.py.
+"""One self-contained HTML page about runs of train.py: look instead of read.
 
-    python report.py                                       # the newest run under out/
-    python report.py --run out/verdict --compare out/b     # a second run in the same pictures
+python report.py                          # the newest run, and a table of all runs under out/
+python report.py --out_dir=out/verdict --compare out/b out/c    # more runs in the same pictures
 
-Curves, samples, the probability of each token of a text the model writes, one attention head,
-figures, configuration and machine. No script and nothing from the network is in the page.
+In a notebook, after `%matplotlib inline`, the pictures are matplotlib figures:
+plot_curve({"mine": train.main(cfg)["history"]}), plot_attention(attention(model, ids, 0), texts).
 """
 
+import contextlib
 import html
-import json
+import io
 import math
 import re
-import statistics
-from dataclasses import dataclass
+import warnings
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import ClassVar
 
-from configurator import at_least, fail, load
+from configurator import load
 
 
 @dataclass
 class Config:
-    """Write report.html about a run."""
+    """Write report.html: curves, samples, how sure the model is, attention, settings."""
 
-    run: str | None = None  # folder of a run; None: the newest under out/
-    compare: str | None = None  # a second run, drawn dashed in the same pictures
-    out: str | None = None  # the page; None: report.html in the run's folder
-    start: str | None = None  # the prompt of the coloured text; None: the run's sample_start
-    tokens: int = 120  # length of the coloured text, prompt included
+    out_dir: str | None = None  # a run of train.py; None: the newest under out/, and a table of all
+    compare: tuple[str, ...] = ()  # more runs, in the same pictures
+    checkpoint: str = "auto"  # newest, best, a checkpoint-...'s name; auto: best if clearly better
+    out: str | None = None  # the page; None: report.html in out_dir
+    start: str | None = None  # the prompt of the coloured text, or FILE:path; None: the run's own
+    tokens: int = 120  # length of that text, prompt included; at most block_size + 1
     temperature: float = 0.8  # it is drawn at; 0: greedy
     seed: int = 1337  # of that text
-    layer: int = -1  # block whose attention is drawn; -1: the last one
-    head: int = 0  # head of that block
-    attention_tokens: int = 32  # length of the text whose attention is drawn
+    layer: int = -1  # the layer whose attention is drawn, from 0; -1: the last one
+    head: int = 0  # its head that is drawn large, from 0
+    attention_tokens: int = 32  # tokens whose attention is drawn
+    RETIRED: ClassVar = {"run": "--out_dir"}
 
 
 if __name__ == "__main__":
     CFG = load(Config)  # parse before the slow imports: --help answers at once
 
+import matplotlib
 import torch
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 import prepare
-from model import GPT
-from runtime import checkpoints, disk_errors, read_log, say
+import runtime
+import sample
+import train
+from model import rotate
+from runtime import UserError, check_range, log_curve, print0
 
+CURVES = {"loss": "loss (nats per token)", "lr": "learning rate",
+          "grad_norm": "gradient norm (log scale)", "tokens_per_s": "tokens per second"}
+DRAWING = {"svg.fonttype": "none", "text.parse_math": False, "font.size": 9, "grid.alpha": 0.3,
+           "figure.constrained_layout.w_pad": 0.12, "figure.constrained_layout.h_pad": 0.1}
+SHORT = ("script", "iter", "val_loss", "best_val_loss", "started", "seconds")  # in a list of runs
 esc = html.escape  # quotes too: the result may stand in an attribute
+
+# ---------------------------------------------------------------------------------------------
+# what a run holds
+
+
+def read_info(folder):
+    """(the newest run.json of a run of any script, {} where there is none, the rows of log.csv)."""
+    info, log = {}, []
+    for place in (folder, folder / "best", *runtime.checkpoints(folder)[::-1]):
+        with contextlib.suppress(OSError, ValueError):  # damaged: an older one will do
+            info = runtime.read_run(place)
+    with contextlib.suppress(OSError, ValueError):
+        log = runtime.read_log(folder / "log.csv")
+    for name in ("iter", "tokens", "val_loss", "tokens_per_s"):
+        if name not in info and log_curve(log, name)[1]:
+            info[name] = log_curve(log, name)[1][-1]
+    if info:
+        info.setdefault("script", "train.py" if "train" in info else "another script")
+    return info, log
+
+
+def show_info(info):
+    """{name: text} of a run.json, its nested parts and what is empty left out."""
+    facts = {name: f"{value:,.{3 if value < 100 else 0}f}" if isinstance(value, float) else value
+             for name, value in info.items() if value and not isinstance(value, dict)}
+    if "seconds" in facts:
+        facts["seconds"] = runtime.clock_text(info["seconds"])
+    return facts
+
+
+def open_run(folder=None, checkpoint="auto"):
+    """A run as a dict: info, log, samples, facts, a checkpoint's model. folder None: the newest
+    under out/. Raises UserError where there is none, or another script's."""
+    folder = Path(folder or sample.newest_run())
+    info, log = read_info(folder)
+    if info and info["script"] != "train.py":
+        raise UserError(f"{folder} is a run of {info['script']}, and the page is about runs of "
+                        f"train.py; its curves are in {folder / 'loss.png'}")
+    place = sample.pick_checkpoint(folder, checkpoint)
+    model, tokenizer, saved = sample.load_checkpoint(place)
+    meta = prepare.read_meta(place)
+    facts = show_info(info) | {"data": meta["source"]}
+    facts["parameters"] = f"{model.count_parameters():,}"
+    if "val_loss" in info and "train_loss" in info:
+        facts["at the end"] = train.describe_losses(info, meta)
+    return {"name": folder.as_posix(), "folder": folder, "log": log, "info": info, "facts": facts,
+            "samples": train.read_samples(folder / "samples.md"), "model": model,
+            "tokenizer": tokenizer, "checkpoint": f"{place.name} (iteration {saved['iter']:,})"}
+
+
+def overfitting(info):
+    """A sentence on a validation loss that ends 2 % or more above its minimum, else ''."""
+    last, best = info.get("val_loss"), info.get("best_val_loss")
+    if None in (last, best) or last <= 1.02 * best:
+        return ""
+    learns = info.get("train_loss", math.inf) < best  # else it is the training that went wrong
+    return (f"{'overfits' if learns else 'gets worse'} since iteration {info.get('best_iter')}: "
+            f"val loss {best:.3f} then, {last:.3f} at the end")
+
+
+@torch.no_grad()
+def attention(model, ids, layer):
+    """Attention weights (nh, T, T) of a layer over `ids`: row i says where token i looks. Hooks
+    take the queries and keys from the layer itself, and the rotation that it was given."""
+    block = model.transformer.h[layer].attn
+    seen = {}
+    hooks = [block.register_forward_pre_hook(lambda module, x: seen.update(rotation=x[1])),
+             block.q_norm.register_forward_hook(lambda module, x, q: seen.update(q=q[0])),
+             block.k_norm.register_forward_hook(lambda module, x, k: seen.update(k=k[0]))]
+    try:
+        model.hidden(torch.as_tensor(ids)[None])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    q, k = seen["q"], seen["k"]  # (nh, T, hs), (nkv, T, hs)
+    if seen["rotation"] is not None:
+        q, k = rotate(q, *seen["rotation"]), rotate(k, *seen["rotation"])
+    k = k.repeat_interleave(len(q) // len(k), dim=0)  # grouped heads share keys
+    scores = q @ k.transpose(1, 2) / math.sqrt(q.size(-1))  # (nh, T, T)
+    future = torch.ones_like(scores, dtype=torch.bool).triu(1)
+    return scores.masked_fill(future, -torch.inf).softmax(-1)
 
 
 # ---------------------------------------------------------------------------------------------
-# what is drawn
+# pictures
 
 
-def open_run(folder):
-    """What the page needs of a run, its newest checkpoint opened, as a dict; folder None: the run
-    under out/ that was saved last."""
-    if folder is None:
-        found = [c[0] for f in Path("out").glob("*/") if (c := checkpoints(f))]
-        found = [c for c in found if (c / "meta.json").exists()]  # train.py's have one
-        if not found:
-            fail("no run under out/; train one: python train.py")
-        folder = max(found, key=lambda c: c.stat().st_mtime).parent
-    folder = Path(folder)
-    if not checkpoints(folder):
-        fail(f"{folder} holds no checkpoint of train.py; name the folder of a run")
-    newest = checkpoints(folder)[0]
-    model, tokenizer = GPT.from_checkpoint(newest), prepare.load_tokenizer(newest)
-    info, meta = (json.loads((newest / f"{n}.json").read_text("utf-8")) for n in ("config", "meta"))
-    return {"name": folder.as_posix(), "folder": folder, "log": read_log(folder / "log.csv"),
-            "samples": read_samples(folder / "samples.md"), "info": info, "meta": meta,
-            "model": model, "tokenizer": tokenizer}  # fmt: skip
+@matplotlib.rc_context(DRAWING)
+def plot_curve(logs, column="loss", resumed=()):
+    """A Figure of a column of `logs`, {name: rows of log.csv}, against iterations; "loss" has the
+    evaluations too, train dashed, the best validation starred. resumed: iterations to mark."""
+    figure = Figure(figsize=(5.2, 3.3), layout="constrained")
+    axes = figure.subplots()
+    axes.set(xlabel="iteration", ylabel=CURVES.get(column, column))
+    for i, (name, rows) in enumerate(logs.items()):
+        color = f"C{i}"
+        axes.plot(*log_curve(rows, column), color=color, alpha=0.4 if column == "loss" else 1)
+        if column == "loss":
+            x, y = log_curve(rows, "val_loss")
+            axes.plot(*log_curve(rows, "train_loss"), ".--", color=color)
+            best, at = min(zip(y, x, strict=True), default=(math.nan, 0))
+            axes.plot(x, y, ".-", color=color,
+                      label=f"{name}: best {best:.3f} at {at:,.0f}" if y else name)
+            axes.plot(at, best, "*", color=color, markersize=11)
+    for iteration in resumed:
+        axes.axvline(iteration, color="gray", linestyle=":")
+    if column == "grad_norm" and axes.dataLim.ymax > 0:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    if column == "loss":
+        figure.legend(loc="outside upper left", frameon=False)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10)))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_major_formatter("{x:,.9g}")
+    axes.grid()
+    return figure
 
 
-def read_samples(path):
-    """[(iteration, text)] of a samples.md; [] without a file."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    found = re.findall(r"(?ms)^## iteration (\d+)\n\n~~~~\n(.*?)\n~~~~$", text)
-    return [(int(iteration), sample) for iteration, sample in found]
+@matplotlib.rc_context(DRAWING)
+def plot_attention(weights, texts, head=0):
+    """A Figure of attention weights (nh, T, T) over tokens of `texts`: all heads small, `head`
+    large. A row a token, a column a token that it looks back at; the future stays empty."""
+    names = [text.replace("\n", "⏎").replace(" ", "·")[:11] or "…" for text in texts]
+    weights = weights.where(torch.ones_like(weights).tril() > 0, torch.nan).numpy()
+    columns = min(8, len(weights))
+    rows = math.ceil(len(weights) / columns)
+    figure = Figure(figsize=(7, rows + 6.2), layout="constrained")
+    small, large = figure.subfigures(2, 1, height_ratios=[rows, 6.2])
+    look = {"norm": PowerNorm(0.5, 0, 1), "interpolation": "none"}
+    for i, axes in enumerate(small.subplots(rows, columns, squeeze=False).flat):
+        axes.set_axis_off()
+        if i < len(weights):
+            axes.imshow(weights[i], **look)
+            axes.set_title(f"head {i}", color="C1" if i == head else "black")
+    axes = large.subplots()
+    axes.spines[:].set_visible(False)
+    image = axes.imshow(weights[head], **look)
+    axes.set_xticks(range(len(names)), names, rotation=90)
+    axes.set_yticks(range(len(names)), names)
+    axes.tick_params(length=0, labeltop=True, labelbottom=False)
+    large.colorbar(image, shrink=0.8, label=f"weights of head {head} (square-root scale)")
+    return figure
 
 
-@torch.no_grad()
-def token_probabilities(model, ids):
-    """Softmax over the vocabulary before each of ids[1:], at temperature 1: (len(ids) - 1, V)."""
-    return model(torch.tensor([ids]))[0][0, :-1].float().softmax(-1)
+def svg(figure):
+    """`figure` as inline SVG; what is black in it takes the colour of the page's text."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context(DRAWING), warnings.catch_warnings():
+        # matplotlib's own font may lack a character; the text stays text, the browser has one
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        figure.savefig(buffer, format="svg", transparent=True)
+    text = re.sub(r"(?s)^.*?(?=<svg)|<metadata>.*?</metadata>", "", buffer.getvalue())
+    return f"<div>{text.replace('#000000', 'currentColor')}</div>"
 
 
-@torch.no_grad()
-def attention(model, ids, layer, head):
-    """Attention weights (T, T) of one head over `ids`: row i says where token i looks."""
-    block, seen = model.transformer.h[layer].attn, []
-    hook = block.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    model.hidden(torch.tensor([ids]))
-    hook.remove()
-    q, k, _ = block.c_attn(seen[0])[0].chunk(3, dim=-1)  # (T, C) each
-    hs = q.size(-1) // block.n_head
-    q, k = (x[:, head * hs : (head + 1) * hs] for x in (q, k))  # (T, hs)
-    future = torch.ones(len(ids), len(ids), dtype=torch.bool).triu(1)
-    return (q @ k.T / math.sqrt(hs)).masked_fill(future, -torch.inf).softmax(-1)
+# ---------------------------------------------------------------------------------------------
+# HTML
 
 
 def pieces(tokenizer, ids):
     """The text that each token adds; '' where a token only begins or goes on with a character."""
-    texts, shown = [], ""
-    for i in range(len(ids)):
-        known = [j for j in ids[: i + 1] if j < tokenizer.vocab_size]  # a head can be padded
-        text = tokenizer.decode(known).rstrip("\ufffd")  # the rest is to come
-        texts.append(text[len(shown) :])
-        shown = text
-    return texts
-
-
-def figures(run):
-    """[(name, value)] of the final state of a run."""
-    info, meta, seen = run["info"], run["meta"], [r for r in run["log"] if r["tokens_per_s"]]
-    rows = [("parameters", f"{run['model'].count_parameters():,}"), ("iterations", info["iter"]),
-            ("tokens seen", f"{run['log'][-1]['tokens']:,.0f}" if run["log"] else "?")]  # fmt: skip
-    for split in ("train", "val"):
-        if (loss := info.get(f"{split}_loss")) is not None:
-            rows.append((f"{split} loss", f"{loss:.3f}"))
-            rows.append((f"{split} perplexity", f"{math.exp(min(loss, 700)):,.1f}"))
-    if meta.get("val_bytes") and info.get("val_loss") is not None:
-        bits = info["val_loss"] / math.log(2) * meta["val_tokens"] / meta["val_bytes"]
-        rows.append(("bits per byte (val)", f"{bits:.3f}"))
-    if info.get("best_val_loss") is not None:
-        rows.append(("best val loss", f"{info['best_val_loss']:.3f}"))
-    if seen:
-        rate = statistics.median(r["tokens_per_s"] for r in seen)
-        rows.append(("tokens/s (median)", f"{rate:,.0f}"))
-    return rows
-
-
-# ---------------------------------------------------------------------------------------------
-# HTML and SVG; colours are CSS variables, so that one page serves light and dark
-
-
-def chart(title, curves, log_scale=False, from_zero=False):
-    """A line chart as <figure>. curves: [(label, css class, [(x, y)])]; y that are None or not
-    finite are left out. Points of few-point curves get a dot with its value to hover over."""
-    kept = [(label, css, [(x, y) for x, y in points if y is not None and math.isfinite(y)])
-            for label, css, points in curves]  # fmt: skip
-    kept = [(label, css, [p for p in points if p[1] > 0 or not log_scale])
-            for label, css, points in kept]  # fmt: skip
-    xs, ys = [[p[i] for _, _, points in kept for p in points] for i in (0, 1)]
-    if not xs:
-        return f"<figure><figcaption>{esc(title)}</figcaption><p>nothing was logged</p></figure>"
-    scale = math.log10 if log_scale else float
-    low, high = min([*ys, 0.0] if from_zero else ys), max(ys)
-    low, high = (low, high) if high > low else (low * 0.9, low * 1.1 or 1.0)
-    left, right = min(xs), max(max(xs), min(xs) + 1)
-
-    def place(x, y):
-        return (46 + 404 * (x - left) / (right - left),
-                200 - 186 * (scale(y) - scale(low)) / (scale(high) - scale(low)))  # fmt: skip
-
-    parts = []
-    for value in ticks(low, high, log_scale):
-        y = place(left, value)[1]
-        parts.append(f'<line class="grid" x1="46" x2="450" y1="{y:.1f}" y2="{y:.1f}"/>'
-                     f'<text class="end" x="41" y="{y + 4:.1f}">{short(value)}</text>')  # fmt: skip
-    for value in ticks(left, right):
-        x = place(value, low)[0]
-        parts.append(f'<text class="{"end" if x > 440 else "mid"}" x="{x:.1f}" y="216">'
-                     f"{short(value)}</text>")  # fmt: skip
-    for label, css, points in kept:
-        line = " ".join("{:.1f},{:.1f}".format(*place(*p)) for p in points)
-        parts.append(f'<polyline class="{css}" data-curve="{esc(label)}" points="{line}"/>')
-        for x, y in points if len(points) <= 40 else ():
-            cx, cy = place(x, y)
-            hint = f"<title>{esc(label)}, iteration {x:.0f}: {y:.5g}</title>"
-            parts.append(
-                f'<circle class="{css}" cx="{cx:.1f}" cy="{cy:.1f}" r="2.5">{hint}</circle>'
-            )
-    legend = "".join(f'<span><svg viewBox="0 0 22 8"><line class="{css}" x2="22" y1="4" y2="4"/>'
-                     f"</svg>{esc(name)}</span>" for name, css, p in kept if p)  # fmt: skip
-    return (f'<figure><figcaption>{esc(title)}</figcaption><div class="legend">{legend}</div>'
-            f'<svg viewBox="0 0 460 222" role="img" aria-label="{esc(title)}">{"".join(parts)}'
-            "</svg></figure>")  # fmt: skip
-
-
-def ticks(low, high, log_scale=False):
-    """About five round numbers from low to high."""
-    if log_scale:
-        tens = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        found = [m * 10.0**e for e in tens for m in (1, 2, 5) if low <= m * 10.0**e <= high]
-        if len(found) >= 2:
-            return found if len(found) <= 7 else [v for v in found if f"{v:e}"[0] == "1"]
-    rough = (high - low) / 5
-    step = 10.0 ** math.floor(math.log10(rough))
-    step *= next(m for m in (1, 2, 5, 10) if m * step >= rough * 0.999)
-    return [step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
-
-
-def short(number):
-    """An axis label: 3 digits that count, k and M for large numbers."""
-    for limit, letter in ((1e6, "M"), (1e3, "k")):
-        if abs(number) >= limit:
-            return f"{number / limit:.3g}{letter}"
-    return f"{number:.3g}"
-
-
-def charts(runs):
-    """All curves of one or two runs."""
-
-    def curve(name, label, css):
-        return [(label if len(runs) == 1 else f"{run['name']}: {label}", f"{css} {style}",
-                 [(r["iter"], r[name]) for r in run["log"] if r[name] is not None])
-                for run, style in zip(runs, ("first", "second"), strict=False)]  # fmt: skip
-
-    losses = curve("loss", "each logged iteration", "pale") + curve("train_loss", "train", "a")
-    losses += curve("val_loss", "validation", "b")
-    return "".join((
-        chart("loss, nats per token", losses),
-        chart("learning rate", curve("lr", "learning rate", "a"), from_zero=True),
-        chart("gradient norm", curve("grad_norm", "gradient norm", "a"), log_scale=True),
-        chart("tokens per second", curve("tokens_per_s", "throughput", "a"), from_zero=True),
-    ))  # fmt: skip
+    shown = [tokenizer.decode(ids[:i]).rstrip("\ufffd") for i in range(len(ids) + 1)]
+    return [text[len(before) :] for before, text in zip(shown, shown[1:], strict=False)]
 
 
 def coloured(run, cfg):
-    """A text the model writes, each token on a ground as strong as the token was improbable."""
+    """(HTML, token ids) of a text the model writes, each token coloured by its improbability."""
     model, tokenizer = run["model"], run["tokenizer"]
-    start = run["info"]["train"]["sample_start"] if cfg.start is None else cfg.start
-    ids = (tokenizer.encode(start) or [tokenizer.eot_id or 0])[: model.config.block_size - 1]
-    new = max(0, min(cfg.tokens, model.config.block_size) - len(ids))
-    generator = torch.Generator().manual_seed(cfg.seed)
-    out = model.generate(torch.tensor([ids]), new, cfg.temperature, generator=generator)[0].tolist()
-    texts, probabilities = pieces(tokenizer, out), token_probabilities(model, out)
-    spans = [f'<span class="given" title="prompt">{esc(texts[0])}</span>']
-    for i in range(1, len(out)):
-        row = probabilities[i - 1]
-        p, rank = row[out[i]].item(), int((row > row[out[i]]).sum()) + 1
-        best = int(row.argmax())
-        hint = f"{texts[i]!r}: probability {p:.4f}, rank {rank} of {len(row):,}"
-        if rank > 1:
-            hint += f"; likeliest {pieces(tokenizer, [best])[0]!r} {row[best]:.4f}"
-        kind = "given" if i < len(ids) else "made"
-        spans.append(f'<span class="{kind}" data-p="{p:.6f}" style="--s:{strength(p)}%" '
-                     f'title="{esc(hint)}">{esc(texts[i])}</span>')  # fmt: skip
-    return f'<pre class="tokens">{"".join(spans)}</pre>', out
-
-
-def strength(p):
-    """Per cent of colour for a probability: 0 for 1, 75 (text stays readable) for 1/1000."""
-    return round(75 * min(1, -math.log(max(p, 1e-9)) / math.log(1000)))
-
-
-def heat_map(weights, texts):
-    """Attention weights (T, T) as SVG: a row a token, a column a token it may look back at."""
-    T, cell, margin = len(texts), 15, 92
-    names = [t.replace("\n", "⏎").replace(" ", "·") or "…" for t in texts]
-    names = [n if len(n) <= 11 else n[:10] + "…" for n in names]
-    parts = []
-    for i in range(T):
-        middle = margin + cell * i + cell / 2
-        parts.append(f'<text class="end" x="{margin - 5}" y="{middle + 4}">{esc(names[i])}</text>'
-                     f'<text transform="translate({middle + 4} {margin - 5}) rotate(-90)">'
-                     f"{esc(names[i])}</text>")  # fmt: skip
-        for j in range(i + 1):
-            w = weights[i, j].item()
-            parts.append(f'<rect x="{margin + cell * j}" y="{margin + cell * i}" width="{cell - 1}"'
-                         f' height="{cell - 1}" data-w="{w:.6f}" style="--s:{math.sqrt(w):.3f}">'
-                         f"<title>{esc(f'{texts[i]!r} looks at {texts[j]!r}: {w:.3f}')}"
-                         "</title></rect>")  # fmt: skip
-    side = margin + cell * T + 4
-    return (f'<div class="scroll"><svg class="heat" viewBox="0 0 {side} {side}" width="{side}" '
-            f'role="img" aria-label="attention">{"".join(parts)}</svg></div>')  # fmt: skip
+    block_size = model.config.block_size
+    start = run["info"]["train"].get("sample_start") or "" if cfg.start is None else cfg.start
+    prompt = sample.encode_prompt(model, tokenizer, start)[:block_size]
+    new = max(0, min(cfg.tokens, block_size + 1) - len(prompt))
+    ids = sample.generate(model, torch.tensor([prompt]), new, cfg.temperature,
+                          generator=torch.Generator().manual_seed(cfg.seed))[0]
+    with torch.no_grad():
+        probabilities = model(ids[None, :block_size])[0][0].float().softmax(-1)  # (T, V)
+    texts = pieces(tokenizer, ids.tolist())
+    spans = [f"<u>{esc(texts[0])}</u>"]
+    for i, row in enumerate(probabilities[: len(ids) - 1], start=1):
+        p = row[ids[i]].item()
+        hint = (f"{texts[i]!r}: probability {p:.4f}, rank {int((row > p).sum()) + 1}; likeliest "
+                f"{tokenizer.decode([row.argmax()])!r} {row.max():.4f}")
+        # per cent of colour: 0 where p is 1, 75 (the text stays readable) at 1/1000 and below
+        color = round(75 * min(1, -math.log(max(p, 1e-9)) / math.log(1000)))
+        tag = "u" if i < len(prompt) else "span"
+        spans.append(f'<{tag} data-p="{p:.6f}" style="--s:{color}%" title="{esc(hint)}">'
+                     f"{esc(texts[i])}</{tag}>")
+    return f'<pre dir="auto">{"".join(spans)}</pre>', ids
 
 
 def samples(run):
     """Up to eight texts, evenly spread over the run, with the validation loss of their moment."""
-    texts = run["samples"]
-    picked = sorted({round(i * (len(texts) - 1) / 7) for i in range(8)}) if len(texts) > 8 else None
-    losses = {r["iter"]: r["val_loss"] for r in run["log"] if r["val_loss"] is not None}
+    losses = dict(zip(*log_curve(run["log"], "val_loss"), strict=True))
+    last = len(run["samples"]) - 1
     parts = []
-    for i in picked or range(len(texts)):
-        iteration, text = texts[i]
-        loss = f", validation loss {losses[iteration]:.3f}" if iteration in losses else ""
-        parts.append(f"<details{' open' if i in (0, len(texts) - 1) else ''}><summary>iteration "
-                     f"{iteration:,}{loss}</summary><pre>{esc(text)}</pre></details>")  # fmt: skip
-    return "".join(parts) or "<p>this run wrote no samples</p>"
+    for i in sorted({round(last * j / 7) for j in range(8)} if last >= 0 else ()):
+        iteration, _, text = run["samples"][i].groups()
+        loss = losses.get(int(iteration), math.nan)
+        parts.append(f"<details{' open' if i in (0, last) else ''}><summary>iteration {iteration}, "
+                     f'val loss {loss:.3f}</summary><pre dir="auto">{esc(text)}</pre></details>')
+    return "".join(parts) or "<p>This run wrote no samples.</p>"
 
 
-def table(head, rows):
-    """An HTML table; rows whose cells past the first differ are marked."""
-    lines = []
-    for name, *values in rows:
-        mark = ' class="differs"' if len(set(map(str, values))) > 1 else ""
-        cells = "".join(f"<td>{esc(str(v))}</td>" for v in values)
-        lines.append(f"<tr{mark}><th>{esc(name)}</th>{cells}</tr>")
-    top = "".join(f"<th>{esc(h)}</th>" for h in head)
-    return f'<div class="scroll"><table><tr>{top}</tr>{"".join(lines)}</table></div>'
+def about_model(run, cfg):
+    """Samples, a coloured text and attention of one run as HTML."""
+    text, ids = coloured(run, cfg)
+    ids = ids[: min(cfg.attention_tokens, run["model"].config.block_size)]
+    picture = plot_attention(attention(run["model"], ids, cfg.layer),
+                             pieces(run["tokenizer"], ids.tolist()), cfg.head)
+    layers = run["model"].config.n_layer
+    return f"""<section><h2>{esc(run["name"])}: what it wrote while it learnt</h2>{samples(run)}
+<h2>How sure it is</h2><p>By {esc(run["checkpoint"])} at temperature {cfg.temperature:g}. The
+stronger the colour, the less probable the model found the token: none for a certain one, full for
+1 in 1000. Point at one for its probability. Underlined: the prompt.</p>{text}
+<h2>Where the heads look</h2><p>Layer {cfg.layer % layers} of 0 to {layers - 1}, the first
+{len(ids)} tokens of that text: a row is a token, its weights over the tokens so far sum to 1;
+--layer and --head choose.</p>{svg(picture)}</section>"""
 
 
-def side_by_side(what, parts):
-    """The dicts `parts`, one a run, as a table of their joint keys."""
+def table(columns, names):
+    """{heading: {name: value}} as an HTML table with a row for each of `names`; rows that differ
+    are marked. URLs lose what may be secret: user, password and query."""
+    body = "".join(f"<td>{esc(heading)}</td>" for heading in ("", *columns))
+    for name in names:
+        cells = [str(part.get(name, "–")) for part in columns.values()]
+        cells = [re.sub(r"(\w{2,}://)(?:[^\s/?#]*@)?([^\s?#]*)\S*", r"\1\2", c) for c in cells]
+        body += f'<tr class="{"differs" if len(set(cells)) > 1 else ""}"><td>{esc(name)}</td>'
+        body += "".join(f"<td>{esc(cell)}</td>" for cell in cells)
+    return f"<div><table>{body}</table></div>"
 
-    def show(value):  # quotes only where blanks would hide
-        return repr(value) if str(value) != str(value).strip() or value == "" else value
 
-    names = list(dict.fromkeys(k for part in parts for k in part))
-    return table(what, [(k, *(show(part.get(k, "–")) for part in parts)) for k in names])
-
-
-STYLE = """
-:root { --ground: #fbfbf9; --card: #ffffff; --ink: #1c1c1a; --soft: #5f5e5a; --line: #e3e2dd;
-  --a: #1f66d1; --b: #c4500b; color-scheme: light dark; }
-@media (prefers-color-scheme: dark) { :root { --ground: #161615; --card: #1f1f1d; --ink: #ecebe6;
-  --soft: #a3a19a; --line: #363532; --a: #6ea8ff; --b: #ff9a52; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1060px; padding: 24px 16px 48px; background: var(--ground);
-  color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.5rem; margin: 0; overflow-wrap: anywhere; }
-h2 { font-size: 1.1rem; margin: 36px 0 8px; }
-p { color: var(--soft); margin: 4px 0 10px; max-width: 75ch; }
-.tiles, .charts { display: grid; gap: 12px; }
-.tiles { grid-template-columns: repeat(auto-fill, minmax(145px, 1fr)); margin-top: 16px; }
-.charts { grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); }
-.tile, figure, details, .tokens, .scroll { background: var(--card); border: 1px solid var(--line);
-  border-radius: 8px; margin: 0; padding: 10px 14px; }
-.tile { color: var(--soft); font-size: .85rem; }
-.tile b { display: block; color: var(--ink); font-size: 1.25rem; font-weight: 600; }
-.tile b + b { border-top: 1px dashed var(--soft); }
-figcaption { font-weight: 600; }
-figure p { margin: 60px 0; text-align: center; }
-.legend { display: flex; flex-wrap: wrap; gap: 0 14px; color: var(--soft); font-size: .8rem;
-  overflow-wrap: anywhere; }
-.legend svg { width: 22px; height: 8px; margin-right: 5px; }
-figure > svg { width: 100%; height: auto; display: block; }
-svg text { fill: var(--soft); font: 11px system-ui, sans-serif; }
-.end { text-anchor: end; } .mid { text-anchor: middle; }
-.grid { stroke: var(--line); }
-polyline, .legend line { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
-.a { stroke: var(--a); } .b { stroke: var(--b); } .pale { stroke: var(--a); opacity: .4; }
-circle.a { fill: var(--a); } circle.b { fill: var(--b); } circle.pale { fill: var(--a); }
-polyline.second, .legend line.second { stroke-dasharray: 5 3; }
-circle.second { fill: var(--card); }
-pre { margin: 8px 0 0; white-space: pre-wrap; overflow-wrap: anywhere;
-  font: 13px/1.6 ui-monospace, monospace; }
-details { margin-bottom: 8px; } summary { cursor: pointer; font-weight: 600; }
-.made, .ramp span { background: color-mix(in srgb, var(--b) var(--s), transparent); }
-.made, .given { border-radius: 3px; padding: 2px 0; box-decoration-break: clone; }
-.given { color: var(--soft); text-decoration: underline dotted; }
-.ramp { display: flex; max-width: 420px; margin: 0 0 8px; font-size: .8rem; }
-.ramp span { flex: 1; text-align: center; padding: 2px 4px; }
-.scroll { overflow-x: auto; }
-.heat { display: block; margin: 0 auto; } .heat rect { fill: var(--a); fill-opacity: var(--s); }
-table { border-collapse: collapse; font-size: .87rem; width: 100%; }
-th, td { text-align: left; padding: 3px 14px 3px 0; border-bottom: 1px solid var(--line);
-  font-weight: 400; vertical-align: top; }
-th:first-child { width: min(16em, 25vw); } tr:first-child th { font-weight: 600; }
-tr:last-child > * { border-bottom: 0; }
-td { font-family: ui-monospace, monospace; } .differs > * { color: var(--b); }
+def page(runs, others, cfg):
+    """The whole document. others: {name: facts} of all runs, or {}."""
+    title = esc(", ".join(run["name"] for run in runs))
+    warning = "".join(f'<p class="warning">{esc(run["name"])} {sentence}.</p>' for run in runs
+                      if (sentence := overfitting(run["info"])))
+    logs = {run["name"]: run["log"] for run in runs}
+    resumed = [iteration for run in runs for iteration in run["info"].get("resumed", ())]
+    curves = "".join(svg(plot_curve(logs, column, resumed)) for column in CURVES)
+    settings, defaults = {run["name"]: run["info"]["train"] for run in runs}, asdict(train.Config())
+    names = dict.fromkeys(name for part in settings.values() for name in part)
+    changed = [n for n in names if any(s.get(n) != defaults.get(n) for s in settings.values())]
+    machine = {run["name"]: run["info"].get("machine") or {} for run in runs}
+    short = {name: {run: facts.get(name, "–") for run, facts in others.items()} for name in SHORT}
+    return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>
+<body><h1>{title}</h1>{warning}
+{table({run["name"]: run["facts"] for run in runs}, runs[0]["facts"])}
+<h2>Curves</h2><p>Pale: each logged iteration. At evaluations, dashed: the training split; solid:
+validation, its best starred. Dotted, upright: the run was resumed.</p>
+<div class="grid">{curves}</div>
+<div class="grid">{"".join(about_model(run, cfg) for run in runs)}</div>
+<h2>Settings that were given, or chosen for the data</h2><main>{table(settings, changed)}</main>
+<details><summary>Settings left at their defaults</summary>
+{table(settings, [name for name in names if name not in changed])}</details>
+<details><summary>Machine</summary>{table(machine, machine[runs[0]["name"]])}</details>
+{f"<h2>All runs</h2>{table(short, others)}" if others else ""}</body></html>
 """
 
 
-def page(runs, cfg):
-    """The whole document."""
-    run = runs[0]
-    text, ids = coloured(run, cfg)
-    few = ids[: cfg.attention_tokens]
-    weights = attention(run["model"], few, cfg.layer, cfg.head)
-    names, numbers = [r["name"] for r in runs], [dict(figures(r)) for r in runs]
-    tiles = "".join(f'<div class="tile">{esc(k)}'
-                    + "".join(f"<b>{esc(str(n.get(k, '–')))}</b>" for n in numbers) + "</div>"
-                    for k in numbers[0])  # fmt: skip
-    ramp = "".join(f'<span style="--s:{strength(p / 100)}%">{p:g} %</span>'
-                   for p in (100, 30, 10, 1, 0.1))  # fmt: skip
-    unknown, c = {"machine": "not recorded by this run"}, run["model"].config
-    both = ". Solid: the first run; dashed: the second" if len(runs) > 1 else ""
-    body = f"""<h1>{esc(" and ".join(names))}</h1>
-<p>{esc(run["meta"]["source"])}, vocabulary {c.vocab_size:,}, {c.n_layer} blocks of {c.n_head}
-heads, width {c.n_embd}, context {c.block_size}{both}</p>
-<div class="tiles">{tiles}</div>
-<h2>Curves</h2><div class="charts">{charts(runs)}</div>
-<h2>What it wrote while it learnt</h2>{samples(run)}
-<h2>How sure it was</h2>
-<p>A text of the last checkpoint at temperature {cfg.temperature:g}. The stronger the ground, the
-less probable the model found the token; point at one for its probability. Underlined: the prompt.
-</p><div class="ramp">{ramp}</div>{text}
-<h2>Where one head looks</h2>
-<p>Block {cfg.layer % c.n_layer + 1} of {c.n_layer}, head {cfg.head + 1} of {c.n_head}, over the
-first {len(few)} tokens of that text: each row sums to 1; colour grows with the root of the weight.
-</p>{heat_map(weights, pieces(run["tokenizer"], few))}
-<h2>Configuration</h2>{side_by_side(["", *names], [r["info"]["train"] for r in runs])}
-<h2>Machine</h2>{side_by_side(["", *names], [r["info"].get("machine", unknown) for r in runs])}"""
-    return (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>{esc(names[0])}</title><style>{STYLE}</style></head>"
-            f"<body>{body}</body></html>\n")  # fmt: skip
+STYLE = """
+:root { color-scheme: light dark; --line: #8884; --mark: light-dark(#c4500b, #ff9a52); }
+body { max-width: 1060px; margin: auto; padding: 8px 16px 48px; overflow-wrap: anywhere;
+  background: light-dark(#fcfcfa, #161615); color: light-dark(#1c1c1a, #ecebe6);
+  font: 15px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin: 36px 0 8px; } p { max-width: 75ch; }
+.grid { display: grid; gap: 0 24px;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); }
+section { min-width: 0; } section svg { max-width: 760px; min-width: 440px; }
+svg { width: 100%; height: auto; } div { overflow-x: auto; }
+svg text { fill: currentColor; font-family: system-ui, sans-serif !important; }
+details { border-top: 1px solid var(--line); padding: 4px 0; }
+pre { white-space: pre-wrap; font: 13px/1.7 ui-monospace, monospace; }
+u { text-decoration: underline dotted; } .warning, main .differs { color: var(--mark); }
+span { background: color-mix(in srgb, var(--mark) var(--s), transparent); border-radius: 3px; }
+table { border-collapse: collapse; font-size: .9em; width: 100%; overflow-wrap: normal; }
+td { vertical-align: top; padding: 3px 14px 3px 0; border-bottom: 1px solid var(--line); }
+td + td { overflow-wrap: anywhere; min-width: 11em; }
+"""
 
 
 def main(cfg):
     """Write the page and return its path."""
-    at_least(cfg, 1, "attention_tokens")
-    at_least(cfg, 2, "tokens")
-    at_least(cfg, 0, "temperature", "seed", "head")
-    runs = [open_run(cfg.run)] + ([open_run(cfg.compare)] if cfg.compare else [])
-    c = runs[0]["model"].config
-    if not (-c.n_layer <= cfg.layer < c.n_layer and cfg.head < c.n_head):
-        fail(f"--layer {cfg.layer} --head {cfg.head}: the model has layers 0 to {c.n_layer - 1} "
-             f"and heads 0 to {c.n_head - 1}", 2)  # fmt: skip
+    check_range(cfg, 1, "attention_tokens", "tokens")
+    check_range(cfg, 0, "temperature", "head")
+    check_range(cfg, 0, "seed", high=2**63 - 1)
+    runs = [open_run(folder, cfg.checkpoint) for folder in (cfg.out_dir, *cfg.compare)]
+    for run in runs:
+        c = run["model"].config
+        if not (-c.n_layer <= cfg.layer < c.n_layer and cfg.head < c.n_head):
+            raise UserError(f"--layer {cfg.layer} --head {cfg.head}: {run['name']} has layers 0 "
+                            f"to {c.n_layer - 1} and heads 0 to {c.n_head - 1}", 2)
+    others = {}
+    for folder in [] if cfg.out_dir else sorted(Path("out").glob("*/")):
+        if facts := show_info(read_info(folder)[0]):
+            others[folder.as_posix()] = facts
+    for run, facts in others.items():
+        print0(f"{run}:", ", ".join(f"{name} {facts.get(name, '–')}" for name in SHORT))
     out = Path(cfg.out) if cfg.out else runs[0]["folder"] / "report.html"
-    text = page(runs, cfg)
-    with disk_errors(out.parent):
-        out.write_text(text, encoding="utf-8")
-    say(f"wrote {out} ({len(text) / 1e3:,.0f} kB); open it in a browser")
+    text = page(runs, others, cfg)
+    with runtime.disk_errors(out.parent):
+        runtime.write_text(out, text)
+    print0(f"wrote {out} ({len(text) / 1e3:,.0f} kB); open it in a browser")
     return out
 
 
 if __name__ == "__main__":
-    main(CFG)
+    runtime.run_script(main, CFG)

@@ -1,32 +1,88 @@
-"""What every trainer here needs of the machine and of its run folder, once.
+"""What the training scripts share: errors, device, seeds, signals, run folder, checkpoints, log.
 
-Device and precision, the CPU allocator, signals, one run a folder, folders whole or
-absent, log.csv and loss.png. Nothing in here knows about models or text.
+Nothing in here knows about models or text.
 """
 
 import contextlib
 import csv
 import ctypes
-import gc
+import datetime
 import hashlib
+import json
 import math
 import os
 import platform
+import re
+import shlex
 import shutil
 import signal
+import stat
 import sys
+import time
 from pathlib import Path
 
 import filelock
 
-from configurator import fail
-
 LOG_COLUMNS = ["iter", "tokens", "lr", "loss", "grad_norm", "tokens_per_s"]
 LOG_COLUMNS += ["train_loss", "val_loss"]  # at evaluations
+RUN_FILES = ("best", "log.csv", "loss.png", "samples.md", "run.json")  # besides checkpoint-*
+MAX_BAD_UPDATES = 10  # non-finite in a row: the run has diverged
+SAVE_SECONDS = 15 * 60  # a checkpoint at least this often, whatever save_interval is
+
+# ---------------------------------------------------------------------------------------------
+# errors and output
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: a script prints it as one line and exits with `code`,
+    2 for an option or a config file, 1 for the rest. In a notebook it is an exception."""
+
+    def __init__(self, message, code=1):
+        super().__init__(" ".join(str(message).split()))
+        self.code = code
+
+
+def run_script(main, cfg):
+    """main(cfg) as a program: a UserError is one line on stderr, everything else a traceback."""
+    sys.stdout.reconfigure(encoding="utf-8")  # whatever the code page of a Windows pipe
+    try:
+        main(cfg)
+    except UserError as error:
+        if is_first_process():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(error.code) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def is_first_process():
+    """Whether this process speaks for all of them."""
+    several = "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ
+    return os.environ.get("RANK", "0") == "0" or not several
+
+
+def print0(*words):
+    """print() from the first process only, unbuffered."""
+    if is_first_process():
+        print(*words, flush=True)
+
+
+def check_range(cfg, low, *names, high=math.inf):
+    """Raise UserError (code 2) unless low <= field <= high and finite, for each named field."""
+    for name in names:
+        value = getattr(cfg, name)
+        if value is not None and not (low <= value <= high and value < math.inf):
+            most = "" if high == math.inf else f" and at most {high}"
+            raise UserError(f"--{name} must be {low} or more{most}, not {value}", 2)
+
+
+def first_line(error):
+    """The first line of an exception's text, its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 # ---------------------------------------------------------------------------------------------
-# machine
+# device and precision
 
 
 def tune_allocator():
@@ -35,117 +91,169 @@ def tune_allocator():
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: do not hand the heap's end back
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: do not return the end of the heap
 
 
 def pick_precision(wanted, device_type):
-    """'auto' | 'bf16' | 'fp16' | 'no' -> what this device should compute in. Weights stay fp32."""
-    import torch  # here and below, so that prepare.py starts without it
+    """'auto' | 'bf16' | 'fp16' | 'no' -> what this device computes in. Weights stay fp32."""
+    import torch  # here and below: prepare.py imports this module and starts without torch
 
-    if device_type == "cuda":
-        fast_bf16 = torch.cuda.get_device_capability() >= (8, 0)
-    else:
-        has = getattr(torch.cpu, "get_capabilities", dict)()
-        fast_bf16 = device_type == "cpu" and (has.get("avx512_bf16") or has.get("amx_bf16"))
+    if wanted == "auto" and device_type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
     if wanted == "auto":
-        return "bf16" if fast_bf16 else "fp16" if device_type == "cuda" else "no"
+        features = getattr(torch.cpu, "get_capabilities", dict)()
+        fast = features.get("avx512_bf16") or features.get("amx_bf16")
+        return "bf16" if fast and device_type == "cpu" else "no"
     if wanted == "fp16" and device_type == "cpu":
-        say("warning: --mixed_precision=fp16 needs a GPU; training in fp32")
+        print0("warning: --mixed_precision=fp16 needs a GPU; training in fp32")
         return "no"
     return wanted
 
 
-def make_accelerator(mixed_precision, may_shard=False, **kwargs):
+def make_accelerator(mixed_precision, **kwargs):
     """An accelerate.Accelerator on the best device here, `mixed_precision` resolved.
 
-    may_shard: whether the script can do with a part of the model in each process.
-    cpu=True matters: without it `torchrun` on a machine with no GPU makes independent runs that
-    overwrite each other (accelerate 1.15). Exits with code 1 where that happens all the same.
+    Raises UserError where the environment asks for processes that accelerate does not see.
     """
+    world = os.environ.get("WORLD_SIZE")
+    if "RANK" in os.environ and world is None or world and "MASTER_ADDR" not in os.environ:
+        raise UserError("RANK and WORLD_SIZE are set in part; start several processes with: "
+                        f"torchrun --nproc_per_node N {sys.argv[0]}, or unset them")
     import torch
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+    from accelerate.state import AcceleratorState, GradientState
 
     tune_allocator()
-    if torch.distributed.is_available():
-        # the group that it finds would stay in its default arguments for ever, with gloo's threads,
-        # and those abort when Python ends before them (PyTorch 2.13)
+    if world and torch.distributed.is_available():
+        # Imported later, its default arguments would keep the process group alive, with gloo's
+        # threads, and those abort when Python ends before them (PyTorch 2.13).
         import torch.distributed.nn
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if "WORLD_SIZE" not in os.environ:  # a second run in one notebook may want other settings
+    if world is None:  # a second run in one notebook may want other settings
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
-    accelerator = Accelerator(
-        cpu=device is None,
-        mixed_precision=pick_precision(mixed_precision, device.type if device else "cpu"),
-        **kwargs,
-    )
-    if device is None and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        # accelerate turns it on for GPUs only; PyTorch's own shards over gloo as well
-        for state in (accelerator.state, PartialState()):
-            state.distributed_type = DistributedType.FSDP
-        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
-    if not may_shard and accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
-        fail(f"{sys.argv[0]} runs with a whole model in each process only; start with: torchrun")
-    if int(os.environ.get("WORLD_SIZE", "1")) != accelerator.num_processes:
-        fail(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but accelerate sees "
-            f"{accelerator.num_processes} process(es); start with: "
-            f"torchrun --nproc_per_node {os.environ['WORLD_SIZE']} {sys.argv[0]}"
-        )
+    # cpu=True: without it `torchrun` on a machine without a GPU makes independent runs that
+    # overwrite each other (accelerate 1.15).
+    precision = pick_precision(mixed_precision, device.type if device else "cpu")
+    accelerator = Accelerator(cpu=device is None, mixed_precision=precision, **kwargs)
+    if int(world or 1) != accelerator.num_processes:
+        raise UserError(f"WORLD_SIZE is {world} but accelerate sees {accelerator.num_processes} "
+                        f"process(es); start with: torchrun --nproc_per_node {world} {sys.argv[0]}")
     return accelerator
 
 
-def machine():
-    """What this runs on, in words, as a dict."""
+def describe_machine(accelerator):
+    """Hardware and versions as a dict, for run.json."""
     import torch
 
     cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):  # Linux says it better
+    with contextlib.suppress(OSError):  # Linux knows more
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         cpu = next((x.split(": ", 1)[1] for x in lines if x.startswith("model name")), cpu)
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {"cpu": cpu, "cores": os.cpu_count(), "accelerator": ", ".join(gpus) or None,
             "torch": torch.__version__, "python": platform.python_version(),
-            "system": f"{platform.system()} {platform.machine()}"}  # fmt: skip
+            "system": f"{platform.system()} {platform.machine()}",
+            "precision": accelerator.mixed_precision, "processes": accelerator.num_processes}
 
 
-def say(*words):
-    """print() from the first process only, at once."""
-    if os.environ.get("RANK", "0") == "0":
-        print(*words, flush=True)
+def first_process_calls(accelerator, function, *args):
+    """function(*args) on the first process; every process returns its result."""
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([function(*args) if accelerator.is_main_process else None])[0]
 
 
-def progress_bar(total, done, shown=True):
-    """A tqdm bar on a terminal or in a notebook; elsewhere, or unless `shown`, a disabled one."""
-    from tqdm.auto import tqdm
+# ---------------------------------------------------------------------------------------------
+# one update: seed, learning rate, bad gradients, signals
 
-    visible = sys.stderr.isatty() or "ipykernel" in sys.modules
-    return tqdm(total=total, initial=done, unit="it", disable=not (shown and visible))
+
+def derive_seed(*numbers):
+    """Whole numbers >= 0, such as (seed, iteration, rank) -> one well-mixed 32-bit seed.
+
+    Seeding dropout with it makes an update a pure function of its place in the run: there is no
+    random state to save, and evaluation or sampling cannot disturb it.
+    """
+    import numpy
+
+    return int(numpy.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def set_learning_rate(optimizers, lr):
+    """Set every group to `lr` times the group's own factor `lr_scale` (1 where it has none)."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+class BadUpdates:
+    """Counts updates that were skipped because their gradient was not finite."""
+
+    def __init__(self, skipped=0):
+        self.skipped, self.in_a_row = skipped, 0
+
+    def count(self, finite, iteration):
+        """Raises UserError after MAX_BAD_UPDATES in a row. Returns whether this one is bad."""
+        self.in_a_row = 0 if finite else self.in_a_row + 1
+        self.skipped += not finite
+        if self.in_a_row == MAX_BAD_UPDATES:
+            raise UserError(f"iteration {iteration}: {MAX_BAD_UPDATES} updates in a row had a "
+                            "non-finite gradient; lower --learning_rate or look at the data; "
+                            "the checkpoints are untouched")
+        return not finite
 
 
 class StopSignal:
     """Turns the first SIGINT or SIGTERM into a flag, so that the update in hand can end.
 
-    `signum` is 0 until then; exit with code 128 + signum. A second signal kills at once.
+    `signum` is 0 until then. A second signal kills at once.
     """
 
     def __init__(self):
-        self.signum, self.before = 0, {}
+        self.signum, self.before, self.saved_at = 0, {}, time.monotonic()
         with contextlib.suppress(ValueError):  # not in the main thread: nothing to catch
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.before[number] = signal.signal(number, self._catch)
 
     def release(self):
-        """Give the signals back to whoever had them."""
+        """Restore the handlers that were there before."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
     def _catch(self, number, frame):
         self.signum = number
         signal.signal(number, signal.SIG_DFL)
-        say(f"\n{signal.Signals(number).name}: saving after this update; once more stops at once")
+        print0(f"\n{signal.Signals(number).name}: saving after this update; once more stops now")
+
+    def agree(self, accelerator, *values):
+        """Average `values` (floats or 0-d tensors) over the processes and agree on what is next.
+
+        Returns (the means, signum, whether SAVE_SECONDS have passed since the last save): a signal
+        to any process stops all of them after the same update.
+        """
+        import torch
+
+        late = time.monotonic() - self.saved_at > SAVE_SECONDS
+        mine = [*values, self.signum, late * accelerator.is_main_process]
+        mine = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=accelerator.device)
+                            for v in mine])
+        everyone = accelerator.gather(mine).view(-1, len(mine))  # (processes, values)
+        *means, _, _ = everyone.mean(0).tolist()
+        signum, late = everyone[:, -2:].max(0).values.tolist()
+        return means, int(signum), bool(late)
+
+    def exit(self, signum, out_dir, command):
+        """End the program as the signal would have, after naming the command that goes on."""
+        print0(f"saved in {out_dir}; to continue: {command}")
+        if signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + signum)
+
+
+def resume_command(out_dir):
+    """The command that continues the run in out_dir."""
+    script = sys.argv[0] if sys.argv[0].endswith(".py") else "train.py"
+    return f"python {shlex.quote(script)} --out_dir={shlex.quote(str(out_dir))} --resume"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -155,8 +263,8 @@ class StopSignal:
 def lock_folder(folder):
     """Make `folder` and hold it for this process until it ends, however it ends.
 
-    Returns the lock (keep a reference). Exits with code 1 if another run holds the folder or the
-    folder cannot be written.
+    Returns the lock (keep a reference). Raises UserError if another run holds the folder or it
+    cannot be written.
     """
     folder = Path(folder)
     try:
@@ -164,30 +272,42 @@ def lock_folder(folder):
         lock = filelock.FileLock(folder / ".lock", timeout=0)
         lock.acquire()
     except filelock.Timeout:
-        fail(f"another run is writing into {folder}; wait for it or choose another folder")
+        raise UserError(f"another run is writing into {folder}; wait for it or choose another "
+                        "folder") from None
     except OSError as error:
-        fail(f"cannot write into {folder}: {error.strerror or error}; choose another folder")
+        raise UserError(f"cannot write into {folder}: {error.strerror or error}; choose another "
+                        "folder") from error
     return lock
 
 
 @contextlib.contextmanager
 def disk_errors(folder):
-    """Turn what goes wrong while writing below `folder` into one line and exit code 1."""
-    from safetensors import SafetensorError
+    """Turn a failure to write below `folder` into a UserError and remove unfinished files.
 
+    Anything that is no disk error passes: a forker's bug keeps its traceback.
+    """
     try:
         yield
-    except Exception as error:  # torch.save raises RuntimeError, tokenizers plain Exceptions
-        known = isinstance(error, (OSError, RuntimeError, SafetensorError))
-        if not known and "os error" not in str(error):
+    except Exception as error:  # tokenizers raises plain Exceptions, torch.save RuntimeErrors
+        reason = getattr(error, "strerror", None) or first_line(error)
+        by_torch = "inline_container" in reason or "iostream" in reason
+        if not (isinstance(error, OSError) or by_torch or re.search(r"\(os error \d+\)", reason)
+                or type(error).__name__ == "SafetensorError"):
             raise
         for leftover in Path(folder).glob(".tmp-*"):
             with contextlib.suppress(OSError):
                 remove(leftover)
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        if "inline_container" in reason or "iostream" in reason:  # torch.save of a full disk
-            reason = "No space left on device"
-        fail(f"cannot write into {folder}: {reason}; what was saved there before is whole")
+        reason = "No space left on device" if by_torch else reason
+        raise UserError(f"cannot write into {folder}: {reason}; what was saved before is "
+                        "intact") from error
+
+
+def write_text(path, text):
+    """Write a text file atomically: aside, then renamed. Line ends are written as they are."""
+    aside = Path(path).with_name(f".tmp-{Path(path).name}")
+    with open(aside, "w", encoding="utf-8", newline="") as f:
+        f.write(text)
+    aside.replace(path)
 
 
 def checkpoints(out_dir):
@@ -196,40 +316,138 @@ def checkpoints(out_dir):
     return sorted(found, key=lambda p: int(p.name[11:]), reverse=True)
 
 
-def start_run(out_dir, resume, overwrite):
-    """Apply the rule for a folder that already holds a run. Call it on the first process only.
+def read_run(folder):
+    """The settings and figures saved with a checkpoint or run, as a dict. Older runs have them in
+    config.json. Raises OSError or ValueError where they cannot be read."""
+    folder = Path(folder)
+    name = "run.json" if (folder / "run.json").exists() else "config.json"
+    if not (folder / name).is_file():
+        raise ValueError(f"{folder / name} is no file")
+    saved = json.loads((folder / name).read_text(encoding="utf-8"))
+    if not isinstance(saved, dict):
+        raise ValueError(f"{folder / name} is no settings file")
+    return saved
 
-    Returns the checkpoints to resume from, newest first ([] for a fresh run).
+
+def find_run(out_dir, resume, overwrite):
+    """The checkpoint that a run in out_dir starts from: (folder, its run.json), or (None, {}).
+
+    Names each damaged checkpoint that it passes over. Raises UserError where the folder holds a
+    run and neither `resume` nor `overwrite` is given, or nothing can be resumed. Deletes nothing.
     """
     out_dir = Path(out_dir)
-    if resume and overwrite:
-        fail("--resume=True and --overwrite=True exclude each other; choose one", 2)
     found = checkpoints(out_dir)
-    if resume and not found:
-        fail(f"--resume=True, but {out_dir} holds no checkpoint; start without it")
-    if found and not (resume or overwrite):
-        fail(f"{out_dir} holds {found[0].name}; go on with --resume=True or start again with "
-             f"--overwrite=True")  # fmt: skip
-    if overwrite:
-        for old in [*found, out_dir / "best", out_dir / "log.csv", out_dir / "samples.md"]:
-            remove(old)
-    for leftover in out_dir.glob(".tmp-*"):  # from a run that was killed while it wrote
+    if resume and overwrite:
+        raise UserError("--resume and --overwrite exclude each other; choose one", 2)
+    traces = found or [p for p in (out_dir / "best",) if p.exists()]
+    log = out_dir / "log.csv"
+    if not traces and log.is_file() and len(log.read_bytes().splitlines()) > 2:
+        traces = [log]  # more than the header and iteration 0
+    if traces and not (resume or overwrite):
+        goes_on = "continue with --resume or " if found else ""
+        raise UserError(f"{out_dir} holds a run ({traces[0].name}); {goes_on}start again with "
+                        "--overwrite")
+    if not resume:
+        return None, {}
+    for folder in found:
+        wrong = verify_checksums(folder)
+        try:
+            saved = {} if wrong else read_run(folder)
+        except (OSError, ValueError) as error:
+            wrong = first_line(error)
+        if not wrong:
+            return folder, saved
+        print0(f"warning: {folder} is skipped: {wrong}")
+    what = "no intact checkpoint" if found else "no checkpoint"
+    raise UserError(f"--resume: {out_dir} holds {what}; start again with --overwrite")
+
+
+def check_same(folder, saved, wanted):
+    """Raise one UserError (code 2) that names every setting in which `wanted` differs from `saved`,
+    both {name: value}: what a checkpoint was made with cannot change under it."""
+    wrong = [f"{name} is {value} but was {saved.get(name)}" for name, value in wanted.items()
+             if saved.get(name) != value]
+    if wrong:
+        raise UserError(f"cannot resume from {folder}: {'; '.join(wrong)}. Leave them out, or "
+                        "start a new --out_dir", 2)
+
+
+def clear_run(out_dir, *names):
+    """Delete the run in out_dir: its checkpoints, RUN_FILES and `names`. Call it last, when the new
+    run is about to make its first update."""
+    out_dir = Path(out_dir)
+    for path in [*checkpoints(out_dir), *(out_dir / n for n in (*RUN_FILES, *names))]:
+        remove(path)
+    for leftover in out_dir.glob(".tmp-*"):  # of a run that was killed while it wrote
         remove(leftover)
-    return found if resume else []
 
 
 def remove(path):
-    """Delete a file or folder; a folder loses its name first, so that no half of it is seen."""
-    if path.is_dir():
-        doomed = path.with_name(f".tmp-old-{path.name}")
-        shutil.rmtree(doomed, ignore_errors=True)
-        path.rename(doomed)
-        shutil.rmtree(doomed)
-    else:
+    """Delete a file, link or folder; a folder is renamed first, so that no half of it is seen."""
+    path = Path(path)
+    if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
+        return
+    doomed = path.with_name(f".tmp-old-{path.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    shutil.rmtree(doomed)
 
 
-def seal_folder(temporary, final):
+def save_checkpoint(accelerator, folder, write, keep=None):
+    """Save a checkpoint atomically: `write(temporary)` on every process, checksums, rename.
+
+    folder: its final name. keep: how many of the newest checkpoint-* to keep (None: all).
+    """
+    folder = Path(folder)
+    temporary = folder.with_name(f".tmp-{folder.name}")
+    with disk_errors(folder.parent):
+        if accelerator.is_main_process:
+            remove(temporary)
+            temporary.mkdir()
+        accelerator.wait_for_everyone()
+        write(temporary)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            commit_folder(temporary, folder)
+            for old in checkpoints(folder.parent)[keep:] if keep else []:
+                remove(old)
+    accelerator.wait_for_everyone()
+
+
+def save_plain_names(accelerator):
+    """Make accelerate save and load weights without the 'module.' that DDP puts before their names,
+    so that a checkpoint of two processes loads on one."""
+
+    def on_save(models, weights, folder):
+        for i, model in enumerate(models):
+            state = accelerator.unwrap_model(model).state_dict()
+            unique = {tensor.data_ptr(): name for name, tensor in reversed(state.items())}
+            weights[i] = {name: state[name] for name in unique.values()}  # tied ones once
+
+    def on_load(models, folder):
+        models[:] = [accelerator.unwrap_model(model) for model in models]
+
+    accelerator.register_save_state_pre_hook(on_save)
+    accelerator.register_load_state_pre_hook(on_load)
+
+
+def load_checkpoint(accelerator, folder, optimizers):
+    """accelerator.load_state with one clear error; the optimizers' settings (decay, betas ...) stay
+    those of this run. Only tensors are unpickled (weights_only): a stranger's file runs no code."""
+    mine = [[{k: v for k, v in group.items() if k != "params"} for group in o.param_groups]
+            for o in optimizers]
+    try:
+        accelerator.load_state(str(folder))
+    except Exception as error:  # right checksums, wrong contents: anything can be in the files
+        raise UserError(f"{folder} cannot be loaded: {first_line(error)[:150]}; start a new "
+                        "--out_dir") from error
+    for optimizer, groups in zip(optimizers, mine, strict=True):
+        for group, settings in zip(optimizer.param_groups, groups, strict=True):
+            group.update(settings)
+
+
+def commit_folder(temporary, final):
     """Give a finished temporary folder its name: checksums, flush to disk, rename.
 
     Writes SHA256SUMS (the format of sha256sum(1)) over all files of `temporary`. `final` is
@@ -239,11 +457,12 @@ def seal_folder(temporary, final):
     files = sorted(p for p in temporary.rglob("*") if p.is_file())
     sums = "".join(f"{sha256(p)}  {p.relative_to(temporary).as_posix()}\n" for p in files)
     (temporary / "SHA256SUMS").write_text(sums, encoding="utf-8")
+    mode = stat.S_IMODE((temporary / "SHA256SUMS").stat().st_mode)  # what the umask allows
     for path in [*files, temporary / "SHA256SUMS"]:
+        path.chmod(mode)  # safetensors makes its files 0600
         with open(path, "r+b") as f:
             os.fsync(f.fileno())
-    if final.exists():
-        remove(final)
+    remove(final)
     temporary.rename(final)
     if os.name == "posix":  # the rename itself
         descriptor = os.open(final.parent, os.O_RDONLY)
@@ -251,13 +470,20 @@ def seal_folder(temporary, final):
         os.close(descriptor)
 
 
-def damage(folder):
-    """What is wrong with a sealed folder, in a few words; None if nothing is."""
+def verify_checksums(folder):
+    """What is wrong with a committed folder, in a few words; None if nothing is."""
+    folder = Path(folder)
+    if not (folder / "SHA256SUMS").is_file():  # a pipe or a device would never end
+        return "SHA256SUMS is missing"
     try:
-        lines = (Path(folder) / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
+        lines = (folder / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
         for line in lines:
             checksum, name = line.split("  ", 1)
-            if sha256(Path(folder) / name) != checksum:
+            path = folder / name
+            inside = path.resolve().is_relative_to(folder.resolve())
+            if not (inside and path.is_file()):
+                return f"{name} is no file in it"
+            if sha256(path) != checksum:
                 return f"{name} is damaged"
     except (OSError, ValueError) as error:
         return f"{getattr(error, 'filename', None) or 'SHA256SUMS'} cannot be read"
@@ -271,7 +497,82 @@ def sha256(path):
 
 
 # ---------------------------------------------------------------------------------------------
-# log.csv, loss.png
+# log.csv, progress, loss.png
+
+
+def clock_text(seconds):
+    """125 -> '0:02:05'."""
+    return str(datetime.timedelta(seconds=round(seconds)))
+
+
+class RunLog:
+    """log.csv, the progress bar or plain lines, and the time of each stage of one run.
+
+    Only the first process shows and writes. A bar is drawn on a terminal and in notebooks;
+    elsewhere `progress` prints plain lines with the time that is left.
+    """
+
+    def __init__(self, out_dir, total, done, first, columns=LOG_COLUMNS, keep_until=-1):
+        """Rows of an existing log.csv past iteration `keep_until` are dropped: a resumed run makes
+        those updates again."""
+        from tqdm.auto import tqdm
+
+        self.first, self.total, self.done, self.began = first, total, done, time.perf_counter()
+        self.seconds = {"updates": 0.0}
+        visible = sys.stderr.isatty() or "ipykernel" in sys.modules
+        self.bar = tqdm(total=total, initial=done, unit="it", disable=not (first and visible))
+        if not first:
+            return
+        path = Path(out_dir) / "log.csv"
+        kept = []
+        with disk_errors(out_dir):
+            if path.exists():
+                with open(path, newline="", encoding="utf-8") as f:
+                    kept = [row for row in csv.reader(f)
+                            if row and row[0].isdigit() and int(row[0]) <= keep_until]
+            aside = path.with_name(".tmp-log.csv")
+            with open(aside, "w", newline="", encoding="utf-8") as f:
+                csv.writer(f, lineterminator="\n").writerows([columns, *kept])
+            aside.replace(path)
+            self.file = open(path, "a", newline="", encoding="utf-8", buffering=1)
+        self.folder, self.writer = out_dir, csv.DictWriter(self.file, columns, lineterminator="\n")
+
+    def print(self, text):
+        """A line for the reader, above the bar."""
+        if self.first:
+            print0(text) if self.bar.disable else self.bar.write(text)
+
+    def write(self, row):
+        """Append a row, {column: value}, to log.csv; it is on its way to the disk on return."""
+        if self.first:
+            with disk_errors(self.folder):
+                self.writer.writerow(row)
+
+    @contextlib.contextmanager
+    def stage(self, name):
+        """Count the time of the block as `name`."""
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+
+    def progress(self, iteration, text=""):
+        """One update is done; with `text`, show it."""
+        self.bar.update()
+        if text and self.bar.disable:
+            elapsed = time.perf_counter() - self.began
+            left = elapsed / max(1, iteration - self.done) * (self.total - iteration)
+            self.print(f"iteration {iteration:,}/{self.total:,}: {text}, "
+                       f"{clock_text(elapsed)} elapsed, {clock_text(left)} left")
+        elif text:
+            self.bar.set_postfix_str(text)
+
+    def close(self):
+        """Close bar and file; returns the time of each stage in words."""
+        self.bar.close()
+        if self.first:
+            self.file.close()
+        stages = ", ".join(f"{name} {clock_text(s)}" for name, s in self.seconds.items() if s > 0.5)
+        return f"{clock_text(time.perf_counter() - self.began)} ({stages})"
 
 
 def read_log(path):
@@ -282,62 +583,54 @@ def read_log(path):
         return [{k: float(v) if v else None for k, v in row.items()} for row in csv.DictReader(f)]
 
 
-def open_log(path, columns=LOG_COLUMNS, keep_until=-1):
-    """Open log.csv for appending and return write(row: dict).
+def perplexity(loss):
+    """exp(loss), which must not overflow."""
+    return math.exp(min(loss, 700))
 
-    Rows past iteration `keep_until` are dropped first: they belong to updates that a resumed run
-    will do again. Each row is on its way to the disk when write returns.
+
+def log_curve(rows, name):
+    """([iteration], [value]) of one column of a log, where it has a value."""
+    points = [(row["iter"], row[name]) for row in rows if row.get(name) is not None]
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def plot_log(log_path, png_path, title, lower=("lr",), unit="token", resumed=()):
+    """Draw the losses of a log.csv against iterations and, below them, the columns `lower`.
+
+    unit: what the loss is a mean over. resumed: iterations at which the run was resumed.
     """
-    path, kept = Path(path), []
-    if path.exists():
-        with open(path, newline="", encoding="utf-8") as f:
-            kept = [r for r in csv.reader(f) if r and r[0].isdigit() and int(r[0]) <= keep_until]
-    beside = path.with_name(".tmp-log.csv")
-    with open(beside, "w", newline="", encoding="utf-8") as f:
-        csv.writer(f, lineterminator="\n").writerows([columns, *kept])
-    beside.replace(path)
-    log = open(path, "a", newline="", encoding="utf-8", buffering=1)
-    writer = csv.DictWriter(log, columns, lineterminator="\n")
-    return lambda row: writer.writerow(row)
-
-
-def plot_log(log_path, png_path, panel="perplexity", unit="token"):
-    """Draw training and validation loss against iterations, tokens on the top axis, and below it
-    `panel`: 'perplexity', or any list of columns of the log joined by '+' ('accuracy+f1').
-    unit: what the loss is a mean over."""
     from matplotlib.figure import Figure  # the Figure class alone: no display, no global state
 
     rows = read_log(log_path)
-
-    def curve(name):
-        seen = [(r["iter"], r[name]) for r in rows if r.get(name) is not None]
-        return list(zip(*seen, strict=True)) or [(), ()]
-
     figure = Figure(figsize=(8, 7), layout="constrained")
-    loss, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
-    loss.plot(*curve("loss"), color="tab:blue", alpha=0.35, label="loss of each logged iteration")
-    loss.plot(*curve("train_loss"), color="tab:blue", marker=".", label="train")
-    loss.plot(*curve("val_loss"), color="tab:orange", marker=".", label="validation")
-    loss.set_ylabel(f"loss (nats per {unit})")
-    loss.legend()
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1.2])
+    top.plot(*log_curve(rows, "loss"), color="tab:blue", alpha=0.35, label="each logged iteration")
+    top.plot(*log_curve(rows, "train_loss"), color="tab:blue", marker=".", label="train")
+    x, y = log_curve(rows, "val_loss")
+    top.plot(x, y, color="tab:orange", marker=".", label="validation")
+    if y:
+        best = min(range(len(y)), key=y.__getitem__)
+        top.annotate(f"{y[best]:.3f}", (x[best], y[best]), xytext=(0, 8),
+                     textcoords="offset points", ha="center", color="tab:orange")
+    for name in lower:
+        bottom.plot(*log_curve(rows, name), label=name)
+    for axes in (top, bottom):
+        for iteration in resumed:
+            axes.axvline(iteration, color="gray", linestyle=":",
+                         label="resumed" if axes is top and iteration == resumed[0] else None)
+        axes.grid(alpha=0.3)
+    top.set(title=title.replace("$", r"\$"), ylabel=f"loss (nats per {unit})")
+    top.legend()
+    bottom.yaxis.set_major_formatter("{x:g}")  # no offset such as 1e-5 above the axis
+    bottom.set(ylabel="learning rate" if lower == ("lr",) else "", xlabel="iteration")
+    if len(lower) > 1:
+        bottom.legend()
     per_iteration = next((r["tokens"] / r["iter"] for r in rows[::-1] if r["iter"]), 0)
     if per_iteration:
         scale = (lambda x: x * per_iteration, lambda x: x / per_iteration)
-        loss.secondary_xaxis("top", functions=scale).set_xlabel("tokens")
-    if panel == "perplexity":
-        for name, color in (("train_loss", "tab:blue"), ("val_loss", "tab:orange")):
-            x, y = curve(name)
-            lower.plot(x, [math.exp(min(v, 700)) for v in y], color=color, marker=".")
-        lower.set_yscale("log")
-    else:
-        for name in panel.split("+"):
-            lower.plot(*curve(name), marker=".", label=name)
-        lower.legend()
-    lower.set_ylabel(panel.replace("+", ", "))
-    lower.set_xlabel("iteration")
-    for axes in (loss, lower):
-        axes.grid(alpha=0.3)
-    beside = Path(png_path).with_name(".tmp-" + Path(png_path).name)
-    figure.savefig(beside, dpi=110, format="png")
-    beside.replace(png_path)
-    gc.collect()  # a Figure is a cycle of megabytes, found late otherwise
+        tokens = top.secondary_xaxis("top", functions=scale)
+        tokens.set_xlabel("tokens")
+        tokens.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    aside = Path(png_path).with_name(f".tmp-{Path(png_path).name}")
+    figure.savefig(aside, dpi=110, format="png")
+    aside.replace(png_path)

@@ -1,23 +1,26 @@
-"""Stage 2: train a GPT on what prepare.py wrote. Read it from main() down.
+"""Stage 2: train a GPT on what prepare.py wrote. Read it from train() down, then its helpers.
 
-python train.py                                  # 2 minutes on a laptop CPU, no network
-python train.py config/verdict.py                # a recipe; options after it win
-python train.py config/verdict.py --resume=True  # go on from the newest whole checkpoint
-accelerate launch train.py                       # several GPUs
-torchrun --nproc_per_node 2 train.py             # several processes, GPUs or not
+python train.py                                # 2 minutes on a laptop CPU, no network
+python train.py config/verdict.py              # a recipe; options after it win
+python train.py --dataset=mine --minutes=10    # your text: the rest is chosen from its size
+python train.py --out_dir=out/mine --resume    # continue from the newest intact checkpoint
+accelerate launch train.py                     # several GPUs
+torchrun --nproc_per_node 2 train.py           # several processes, GPUs or not
 """
 
+import contextlib
+import copy
 import json
 import math
 import re
-import shutil
+import sys
 import time
-from dataclasses import asdict, dataclass
-from functools import lru_cache
+from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
-from configurator import at_least, changed, fail, load
+from configurator import changed, commit, load
 
 
 @dataclass
@@ -28,48 +31,62 @@ class Config:
     dataset: str = "stdlib"  # the folder under data_dir; a missing preset is prepared first
     data_dir: str = "data"  # where prepare.py writes
     out_dir: str | None = None  # None: out/<dataset>
-    init_from: str = "scratch"  # scratch, gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder
-    resume: bool = False  # go on from the newest whole checkpoint in out_dir
+    init_from: str = "scratch"  # or the weights of a GPT-2, Llama or Qwen3: hub name or folder
+    resume: bool = False  # continue from the newest intact checkpoint in out_dir
     overwrite: bool = False  # start again in an out_dir that holds a run
     seed: int = 1337  # of the weights, the order of the data and dropout
-    # model; see model.GPTConfig
+    # model; see model.GPTConfig. None: chosen from the size of the data
     block_size: int = 256  # tokens of context
-    n_layer: int = 4  # blocks
-    n_head: int = 4  # heads a block
-    n_embd: int = 256  # width
-    dropout: float = 0.0  # pays when the data is seen many times
-    bias: bool = True  # in LayerNorm and Linear
-    qkv_bias: bool = True  # in c_attn
-    tie_weights: bool = True  # one matrix for embedding and head
-    init: Literal["gpt2", "torch"] = "gpt2"  # starting weights
+    n_layer: int | None = None  # blocks
+    n_head: int | None = None  # query heads a block
+    n_embd: int | None = None  # width
+    dropout: float | None = None  # pays when the data is seen many times
+    bias: bool = False  # in LayerNorm and Linear
+    qkv_bias: bool = False  # in c_attn
+    tie_weights: bool = False  # one matrix for embedding and head
+    init: Literal["gpt2", "torch"] = "gpt2"  # initial weights
+    n_kv_head: int | None = None  # key/value heads; None: n_head
+    head_dim: int | None = None  # None: n_embd / n_head
+    n_inner: int | None = None  # width inside the MLP; None: 4 n_embd, with swiglu 8/3
+    rope_theta: float | None = 10_000.0  # base of rotary positions; None: learned positions
+    rms_norm: bool = True  # RMSNorm instead of LayerNorm
+    swiglu: bool = True  # SwiGLU instead of GELU
+    qk_norm: bool = True  # RMSNorm on queries and keys
+    norm_eps: float = 1e-6  # of every norm
     # one iteration = one update of batch_size x gradient_accumulation_steps x processes sequences
-    batch_size: int = 8  # sequences a process computes at once
-    gradient_accumulation_steps: int = 1  # micro-batches before an update
-    max_iters: int = 560  # updates
-    max_epochs: float = 0.0  # passes over the training split; above 0 it sets max_iters
-    optimizer: Literal["adamw", "muon"] = "muon"  # muon: for the matrices, AdamW for the rest
+    batch_size: int = 8  # sequences of a micro-batch on each process
+    gradient_accumulation_steps: int = 1  # micro-batches an update
+    max_iters: int | None = None  # updates; None: chosen from the size of the data
+    max_epochs: float | None = None  # instead: passes over the training split
+    minutes: float | None = None  # instead: as many updates as fit, measured at the start
+    optimizer: Literal["adamw", "muon"] = "muon"  # muon: for hidden matrices, AdamW for the rest
     learning_rate: float = 1e-2  # at its peak
     min_lr: float = 0.0  # at the last update
-    warmup_iters: int = 40  # updates of linear warm-up
-    weight_decay: float = 0.1  # of matrices only
+    embedding_lr: float | None = None  # peak for the embeddings; None: learning_rate
+    head_lr: float | None = None  # peak for an untied head; None: learning_rate
+    schedule: Literal["linear", "cosine"] = "linear"  # from the peak to min_lr
+    warmup_iters: int | None = None  # updates of linear warm-up; None: a tenth, 40 at most
+    weight_decay: float = 0.1  # of matrices; with muon of the hidden ones
     beta1: float = 0.9  # AdamW
     beta2: float = 0.95  # AdamW
+    momentum: float = 0.8  # Muon
     grad_clip: float = 1.0  # norm the gradient is clipped to; 0: not clipped
-    # once in a while
-    eval_interval: int = 140  # iterations between evaluations; 0: only at the end
-    eval_iters: int = 10  # batches of batch_size windows of each split
+    # how often to evaluate, log and save; how many checkpoints to keep
+    eval_interval: int | None = None  # iterations; 0: only at the end; None: a quarter of the run
+    eval_iters: int = 10  # batches of batch_size windows of each split, on each process
     log_interval: int = 10  # iterations between rows of log.csv
-    save_interval: int = 0  # iterations between checkpoints; 0: only at the end
+    save_interval: int = 0  # iterations; 0: every 15 minutes and at the end
     keep_checkpoints: int = 2  # newest ones kept, besides best/
-    sample_start: str = "def"  # prompt of the text written at each evaluation
-    sample_tokens: int = 100  # its length; 0: none
+    sample_start: str | None = None  # prompt at each evaluation; None: how the val split begins
+    sample_tokens: int = 100  # length of that text; 0: none
     sample_temperature: float = 0.8  # 0: greedy
     # machine
     mixed_precision: Literal["auto", "fp16", "bf16", "no"] = "auto"  # weights stay fp32
     compile: bool = False  # torch.compile: slow to start, then faster
     log_with: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # tracker beside log.csv
-    dry_run: bool = False  # only say what the run would cost, see plan.py; nothing is written
-    tokens_per_s: float = 0.0  # speed for dry_run; 0: measured on two updates
+    dry_run: bool = False  # measure a few updates, say what the run would cost, write nothing
+    ALTERNATIVES: ClassVar = (("max_iters", "max_epochs", "minutes"),)
+    RETIRED: ClassVar = {"tokens_per_s": "measured: leave it out"}
 
 
 if __name__ == "__main__":
@@ -77,67 +94,63 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import broadcast_object_list
-from safetensors.torch import save_file
+from safetensors.torch import save_model
 
 import prepare
+import runtime
 from model import GPT, GPTConfig
-from runtime import (
-    StopSignal,
-    checkpoints,
-    damage,
-    disk_errors,
-    lock_folder,
-    machine,
-    make_accelerator,
-    open_log,
-    plot_log,
-    progress_bar,
-    remove,
-    say,
-    seal_folder,
-    start_run,
-)
+from runtime import UserError, check_range, disk_errors, print0, write_text
+from sample import encode_prompt, generate
 
-BAD_UPDATES = 10  # non-finite in a row: the run is broken
+try:  # torch.optim.Muon, faster on some CPUs
+    from fast import Muon
+except ModuleNotFoundError:
+    from torch.optim import Muon
+
+DATA_IDENTITY = ("source_sha256", "train_tokens", "val_tokens", "vocab_size", "tokenizer")
+MODEL_FIELDS = [f.name for f in fields(GPTConfig) if f.name != "vocab_size"]
 
 # ---------------------------------------------------------------------------------------------
 # data: windows of block_size tokens, never overlapping; window i is tokens i*T .. (i+1)*T
 
 
 def load_data(cfg):
-    """Return (meta, {split: token array}) of the data set; prepares a missing preset."""
+    """(meta, {split: token array}, {file name: content} of the tokenizer) of the data set, read
+    once: the folder may change while the run goes. Prepares a missing preset."""
     folder = Path(cfg.data_dir) / cfg.dataset
-    if not (prepare.parts(folder)[0] / "meta.json").exists():  # parts: one folder, or all shards
+    if not prepare.is_prepared(folder):
         if cfg.dataset not in prepare.PRESETS:
-            fail(f"{folder} holds no prepared data; make it: "
-                 f"python prepare.py --dataset={cfg.dataset} --source=PATH")  # fmt: skip
-        say(f"{folder} is not there yet: preparing it")
+            raise UserError(f"{folder} holds no prepared data; prepare it: "
+                            f"python prepare.py --dataset={cfg.dataset} --source=PATH")
+        if cfg.dry_run:
+            raise UserError(f"{folder} is not prepared, and a dry run writes nothing; first: "
+                            f"python prepare.py --dataset={cfg.dataset}")
+        print0(f"{folder} is not there yet: preparing it")
         prepare.main(prepare.Config(dataset=cfg.dataset, data_dir=cfg.data_dir))
-    meta = prepare.read_meta(folder)
-    return meta, {split: prepare.open_split(folder, split) for split in ("train", "val")}
+    data = {split: prepare.open_split(folder, split) for split in ("train", "val")}
+    return prepare.read_meta(folder), data, prepare.tokenizer_files(folder)
 
 
 def check_data(cfg, data, vocab_size, rows):
-    """Fail early where a split cannot fill a window or a batch, or holds an unknown token."""
+    """Raise UserError where a split cannot fill a window or a batch, or holds an unknown token."""
     for split, tokens in data.items():
         file = f"{cfg.data_dir}/{cfg.dataset}/{split}.npy"
         if len(tokens) < cfg.block_size + 1:
-            fail(f"{file} has {len(tokens):,} tokens, too few for one window of --block_size "
-                 f"{cfg.block_size} + 1; "
-                 f"use --block_size {max(1, len(tokens) - 1)} or more text")  # fmt: skip
-        if split == "train" and n_windows(tokens, cfg.block_size) < rows:
-            fail(f"{file} has {n_windows(tokens, cfg.block_size)} windows of {cfg.block_size} "
-                 f"tokens, fewer than the {rows} sequences of one iteration; lower --batch_size, "
-                 "--gradient_accumulation_steps or --block_size")  # fmt: skip
+            raise UserError(f"{file} has {len(tokens):,} tokens, too few for one window of "
+                            f"--block_size {cfg.block_size} + 1; use --block_size "
+                            f"{max(1, len(tokens) - 1)} or more text")
+        n = count_windows(tokens, cfg.block_size)
+        if split == "train" and n < rows:
+            raise UserError(f"{file} has {n} windows of {cfg.block_size} tokens, fewer than the "
+                            f"{rows} sequences of one iteration; lower --batch_size, "
+                            "--gradient_accumulation_steps or --block_size")
         highest = int(tokens[: 2**26].max())  # the rest is checked as it is read
         if highest >= vocab_size:
-            fail(f"{file} holds token {highest}, past the vocabulary of {vocab_size} tokens; "
-                 f"run prepare.py again or use a model of that vocabulary")  # fmt: skip
+            raise UserError(f"{file} holds token {highest}, past the vocabulary of {vocab_size} "
+                            "tokens; run prepare.py again")
 
 
-def n_windows(tokens, block_size):
+def count_windows(tokens, block_size):
     """Windows of block_size tokens, each followed by at least one more to predict."""
     return (len(tokens) - 1) // block_size
 
@@ -151,10 +164,10 @@ def epoch_order(seed, epoch, n):
 def windows_of(iteration, rows, n, seed):
     """The `rows` windows of one iteration: a pure function, so any iteration is found at once.
 
-    The stream of rows runs on over the ends of epochs; each epoch holds each window once.
+    The stream of rows continues over the ends of epochs; each epoch holds each window once.
     """
-    places = range(iteration * rows, (iteration + 1) * rows)
-    return np.array([epoch_order(seed, place // n, n)[place % n] for place in places])
+    stream = range(iteration * rows, (iteration + 1) * rows)
+    return np.array([epoch_order(seed, i // n, n)[i % n] for i in stream])
 
 
 def read_windows(tokens, windows, block_size, vocab_size, device):
@@ -162,7 +175,7 @@ def read_windows(tokens, windows, block_size, vocab_size, device):
     starts = windows * block_size
     x = np.stack([tokens[s : s + block_size + 1] for s in starts]).astype(np.int64)
     if x.max() >= vocab_size:
-        fail(f"the data holds token {x.max()}, past the vocabulary of {vocab_size} tokens")
+        raise UserError(f"the data holds token {x.max()}, past the vocabulary of {vocab_size}")
     x = torch.from_numpy(x)
     if device.type == "cuda":
         x = x.pin_memory().to(device, non_blocking=True)
@@ -171,108 +184,122 @@ def read_windows(tokens, windows, block_size, vocab_size, device):
 
 
 # ---------------------------------------------------------------------------------------------
+# what is not set by hand
+
+
+def choose_shape(cfg, tokens):
+    """Fill in what is None of the model's shape and dropout, from the number of train tokens."""
+    shape = {"n_layer": 4, "n_head": 4, "n_embd": 256, "dropout": 0.0}
+    if cfg.init_from != "scratch":
+        shape = {"dropout": 0.0}
+    return replace(cfg, **{k: v for k, v in shape.items() if getattr(cfg, k) is None})
+
+
+def choose_length(cfg, train_windows, rows, measure):
+    """Settle max_iters, from max_epochs or minutes where one is given, and what hangs on it.
+
+    measure: a function that returns (seconds an update takes, bytes of memory).
+    """
+    iters = 560 if cfg.max_iters is None else cfg.max_iters
+    if cfg.max_epochs:
+        iters = math.ceil(cfg.max_epochs * train_windows / rows)
+    if cfg.minutes:
+        iters = max(1, int(cfg.minutes * 60 / measure()[0]))
+    settled = {"max_iters": iters, "max_epochs": None, "minutes": None}
+    if cfg.warmup_iters is None:
+        settled["warmup_iters"] = min(40, iters // 10)
+    if cfg.eval_interval is None:
+        settled["eval_interval"] = max(1, iters // 4)
+    return replace(cfg, **settled)
+
+
+# ---------------------------------------------------------------------------------------------
 # optimisation
 
 
 def lr_at(iteration, cfg, max_iters):
     """Learning rate of update `iteration` (from 0): linear warm-up, whose first value is above 0,
-    then a cosine to min_lr at the last update (Loshchilov & Hutter 2017)."""
-    step = iteration + 1
-    if step < cfg.warmup_iters:
-        return cfg.learning_rate * step / cfg.warmup_iters
-    done = (step - cfg.warmup_iters) / max(1, max_iters - cfg.warmup_iters)
-    return cfg.min_lr + (cfg.learning_rate - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
+    then `schedule` to min_lr at the last update (cosine: Loshchilov & Hutter 2017)."""
+    step = min(iteration + 1, max_iters)
+    if step <= cfg.warmup_iters or max_iters == 1:
+        return cfg.learning_rate * step / max(1, cfg.warmup_iters)
+    left = (max_iters - step) / max(1, max_iters - cfg.warmup_iters)  # 1 at the peak, 0 at the end
+    if cfg.schedule == "cosine":
+        left = 0.5 * (1 - math.cos(math.pi * left))
+    return cfg.min_lr + (cfg.learning_rate - cfg.min_lr) * left
 
 
 def make_optimizers(model, cfg, device):
     """AdamW, weight decay on matrices only; with muon two optimizers (Jordan et al. 2024)."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    optimizers = []
-    if cfg.optimizer == "muon":
-        hidden = [p for p in model.transformer.h.parameters() if p.dim() >= 2]
-        known = {id(p) for p in hidden}
-        matrices = [p for p in matrices if id(p) not in known]
-        # match_rms_adamw: updates as large as AdamW's, so one learning rate serves both
-        optimizers.append(torch.optim.Muon(hidden, cfg.learning_rate, cfg.weight_decay,
-                                           adjust_lr_fn="match_rms_adamw"))  # fmt: skip
-    groups = [
-        {"params": matrices, "weight_decay": cfg.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+    muon = cfg.optimizer == "muon"
+    blocks = {id(p) for p in model.transformer.h.parameters() if p.dim() >= 2}
+    hidden = []
+    groups = {}  # (weight decay, learning rate): parameters
+    for name, p in model.named_parameters():
+        lr = cfg.learning_rate
+        if name.startswith("transformer.w") and cfg.embedding_lr is not None:
+            lr = cfg.embedding_lr
+        elif name.startswith("lm_head") and cfg.head_lr is not None:
+            lr = cfg.head_lr
+        if muon and id(p) in blocks:
+            hidden.append(p)
+            continue
+        decay = cfg.weight_decay if p.dim() >= 2 and not muon else 0.0
+        groups.setdefault((decay, lr), []).append(p)
+    groups = [{"params": params, "weight_decay": decay,
+               "lr_scale": lr / cfg.learning_rate if cfg.learning_rate else 1.0}
+              for (decay, lr), params in groups.items()]
     fused = device.type in ("cuda", "cpu")
     betas = (cfg.beta1, cfg.beta2)
-    optimizers.append(torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, fused=fused))
+    optimizers = [torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, fused=fused)]
+    if muon:
+        # match_rms_adamw: updates as large as AdamW's, so one learning rate serves both.
+        # 4 iterations orthogonalise as well as 5 here, for a fifth less time: docs/LOG.md.
+        optimizers.insert(0, Muon(hidden, cfg.learning_rate, cfg.weight_decay, cfg.momentum,
+                                  adjust_lr_fn="match_rms_adamw", ns_steps=4))
     return optimizers
 
 
-def step(scaler, optimizers, finite):
-    """One update, none if the gradient is not finite. scaler: fp16's or None; accelerate's wrappers
-    would update it after each optimizer, and the next one's gradients be divided by it again."""
+def apply_gradients(accelerator, optimizers, finite):
+    """One optimizer step, none if the gradient is not finite.
+
+    With two optimizers we drive the GradScaler of fp16 ourselves: accelerate's wrapper calls
+    scaler.update() after each, so the second would be unscaled twice.
+    """
+    scaler = accelerator.scaler
     for optimizer in optimizers:
-        if finite:
-            scaler.step(optimizer.optimizer) if scaler else optimizer.step()
+        if finite and scaler:
+            scaler.step(optimizer.optimizer)
+        elif finite:
+            optimizer.step()
         optimizer.zero_grad()
     if scaler:
         scaler.update()
 
 
-def mix(*numbers):
-    """Whole numbers -> one well-mixed seed (torch's CPU generator takes 32 bits of it)."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+def update(model, optimizers, micro_batches, cfg, accelerator):
+    """Forward and backward over the micro-batches, clip, step.
 
-
-def try_compile(model, cfg, accelerator):
-    """torch.compile `model` in place and try it once. Returns whether it worked."""
-    bare = accelerator.unwrap_model(model)
-    shape = (2, cfg.batch_size, cfg.block_size)
-    idx, targets = torch.zeros(shape, dtype=torch.long, device=accelerator.device)
-    bare.compile()
-    try:
-        with accelerator.no_sync(model):
-            accelerator.backward(model(idx, targets, return_logits=False)[1])
-    except Exception as error:  # a compiler can fail in any way; eager always works
-        say(f"warning: --compile failed, going on without: {str(error).splitlines()[0][:120]}")
-        bare._compiled_call_impl = None
-    model.zero_grad()
-    return bare._compiled_call_impl is not None
+    micro_batches: an iterable of cfg.gradient_accumulation_steps (idx, targets). Returns (mean
+    loss as a 0-d tensor, gradient norm as a float); the update is skipped if that is not finite.
+    """
+    steps = cfg.gradient_accumulation_steps
+    loss_sum = torch.zeros((), device=accelerator.device)
+    for i, (idx, targets) in enumerate(micro_batches):
+        # processes exchange gradients after the last micro-batch only
+        last = i + 1 == steps
+        with contextlib.nullcontext() if last else accelerator.no_sync(model):
+            loss = model(idx, targets, return_logits=False)[1]
+            accelerator.backward(loss / steps)
+        loss_sum += loss.detach()
+    norm = accelerator.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+    norm = float(norm)
+    apply_gradients(accelerator, optimizers, math.isfinite(norm))
+    return loss_sum / steps, norm
 
 
 # ---------------------------------------------------------------------------------------------
-# evaluation, samples, checkpoints
-
-
-def describe(losses, meta):
-    """One line: losses, perplexities and, where the bytes are known, bits per byte."""
-    parts = []
-    for split in ("train", "val"):
-        loss = losses[f"{split}_loss"]
-        parts.append(f"{split} loss {loss:.3f}, perplexity {math.exp(min(loss, 700)):.1f}")
-    if meta.get("val_bytes"):
-        bits = losses["val_loss"] / math.log(2) * meta["val_tokens"] / meta["val_bytes"]
-        parts.append(f"{bits:.3f} bits per byte of val")
-    return " | ".join(parts)
-
-
-def write_sample(model, tokenizer, cfg, out_dir, iteration):
-    """Continue cfg.sample_start and append the text to samples.md."""
-    ids = tokenizer.encode(cfg.sample_start) or [tokenizer.eot_id]
-    device = model.lm_head.weight.device
-    generator = torch.Generator(device).manual_seed(cfg.seed)  # leaves training's alone
-    model.eval()
-    out = model.generate(torch.tensor([ids], device=device), cfg.sample_tokens,
-                         cfg.sample_temperature, generator=generator)  # fmt: skip
-    model.train()
-    with disk_errors(out_dir), open(out_dir / "samples.md", "a", encoding="utf-8") as f:
-        f.write(f"## iteration {iteration}\n\n~~~~\n{tokenizer.decode(out[0])}\n~~~~\n\n")
-
-
-def trim_samples(path, iteration):
-    """Drop what samples.md says of iterations past `iteration`: a resumed run writes it again."""
-    if path.exists():
-        parts = re.split(r"(?m)^(?=## iteration \d+$)", path.read_text(encoding="utf-8"))
-        kept = [p for p in parts if p and int(p.split()[2]) <= iteration]
-        path.write_text("".join(kept), encoding="utf-8")
+# evaluation, samples
 
 
 @torch.no_grad()
@@ -283,15 +310,18 @@ def evaluate(model, data, cfg, accelerator, vocab_size):
     """
     model.eval()
     losses = {}
+    world = accelerator.num_processes
     with accelerator.autocast():  # around all: weights are cast once, not for every batch
         for split, tokens in data.items():
-            n, rank, world = n_windows(tokens, cfg.block_size), *place(accelerator)
-            count = min(n, cfg.eval_iters * cfg.batch_size)
+            n = count_windows(tokens, cfg.block_size)
+            count = min(n, cfg.eval_iters * cfg.batch_size * world)
             windows = np.arange(count) * n // count
             total = torch.zeros(2, device=accelerator.device)  # summed loss, windows
-            for start in range(0, count, cfg.batch_size * world):  # as many on each process
-                mine = windows[start : start + cfg.batch_size * world][rank::world]
-                chosen = mine if len(mine) else windows[:1]  # nothing left: compute, do not count
+            for start in range(0, count, cfg.batch_size * world):
+                mine = windows[start : start + cfg.batch_size * world]
+                mine = mine[accelerator.process_index :: world]
+                # Every process computes as many batches; one without windows counts nothing.
+                chosen = mine if len(mine) else windows[:1]
                 batch = read_windows(tokens, chosen, cfg.block_size, vocab_size, accelerator.device)
                 loss = model(*batch, return_logits=False)[1]
                 total += torch.stack((loss.float(), torch.ones_like(loss))) * len(mine)
@@ -301,287 +331,421 @@ def evaluate(model, data, cfg, accelerator, vocab_size):
     return losses
 
 
-def place(accelerator):
-    """(number of this process, number of processes)."""
-    return accelerator.process_index, accelerator.num_processes
+def describe_losses(losses, meta):
+    """One line: losses, perplexities and, where no byte was lost, bits per byte."""
+    parts = []
+    for split in ("train", "val"):
+        loss = losses[f"{split}_loss"]
+        parts.append(f"{split} loss {loss:.3f}, perplexity {runtime.perplexity(loss):.1f}")
+    if meta.get("val_bytes") and meta.get("lossless", True):
+        bits = losses["val_loss"] / math.log(2) * meta["val_tokens"] / meta["val_bytes"]
+        parts.append(f"{bits:.3f} bits per byte of val")
+    return " | ".join(parts)
 
 
-def save_weights(accelerator, model, folder):
-    """model.safetensors; all processes call it, the first one writes."""
-    state = accelerator.get_state_dict(model)
-    if accelerator.is_main_process:
-        if accelerator.unwrap_model(model).config.tie_weights:
-            state.pop("lm_head.weight", None)  # it is wte
-        save_file({k: v.contiguous() for k, v in state.items()}, folder / "model.safetensors")
+def sample_text(model, tokenizer, cfg):
+    """Continue cfg.sample_start by cfg.sample_tokens tokens. Returns the text."""
+    ids = encode_prompt(model, tokenizer, cfg.sample_start)
+    device = model.lm_head.weight.device
+    generator = torch.Generator(device).manual_seed(cfg.seed)  # leaves the global one alone
+    model.eval()
+    out = generate(model, torch.tensor([ids], device=device), cfg.sample_tokens,
+                   cfg.sample_temperature, generator=generator)
+    model.train()
+    return tokenizer.decode(out[0])
 
 
-def save_folder(accelerator, model, folder, info, data_folder, whole_state):
-    """Write a checkpoint beside its place, then rename it. whole_state: optimizer and all."""
-    temporary = folder.with_name(f".tmp-{folder.name}")
-    with disk_errors(folder.parent):
-        if accelerator.is_main_process:
-            remove(temporary)
-            temporary.mkdir()
-        accelerator.wait_for_everyone()
-        if whole_state:
-            accelerator.save_state(str(temporary))
-        save_weights(accelerator, model, temporary)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            text = json.dumps(info, indent=2)
-            (temporary / "config.json").write_text(text, encoding="utf-8")
-            meta = json.dumps(prepare.read_meta(data_folder), indent=2)
-            (temporary / "meta.json").write_text(meta, encoding="utf-8")
-            tokenizer = prepare.parts(data_folder)[0] / "tokenizer.json"
-            if tokenizer.exists():
-                shutil.copy(tokenizer, temporary)
-            seal_folder(temporary, folder)
-    accelerator.wait_for_everyone()
+def append_sample(path, iteration, val_loss, text):
+    """Append a text to samples.md. Its fence is longer than any in the text, so that no text can
+    look like the next entry."""
+    fence = "~" * max(4, 1 + max(map(len, re.findall("~+", text)), default=0))
+    with disk_errors(path.parent), open(path, "a", encoding="utf-8", newline="") as f:
+        f.write(f"## iteration {iteration}: val loss {val_loss:.3f}\n\n"
+                f"{fence}\n{text}\n{fence}\n\n")
 
 
-def pick_checkpoint(found, model_config):
-    """The newest whole checkpoint and its config.json; names each damaged one it passes over."""
-    for folder in found:
-        wrong, saved = damage(folder), {}
-        try:
-            saved = wrong or json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            theirs = wrong or dict(saved["model"])
-        except (OSError, ValueError, KeyError, TypeError):
-            wrong = "config.json cannot be read"
-        if wrong:
-            say(f"warning: {folder} is skipped: {wrong}")
-            continue
-        for key, value in (model_config or {}).items():
-            if theirs.get(key) != value:
-                old = theirs.get(key)
-                fail(f"--{key} is {value} but {folder} was made with {old}; "
-                     f"resume with --{key}={old} or start a new --out_dir", 2)  # fmt: skip
-        return folder, saved
-    fail(f"no whole checkpoint is left in {found[0].parent}; start again with --overwrite=True")
+def read_samples(path):
+    """The entries of samples.md: a list of re.Match with groups iteration, fence, text."""
+    if not path.exists():
+        return []
+    with open(path, encoding="utf-8", newline="") as f:
+        entry = r"(?ms)^## iteration (\d+)[^\n]*\n\n(~{4,})\n(.*?)\n\2\n\n?"
+        return list(re.finditer(entry, f.read()))
+
+
+def trim_samples(path, iteration):
+    """Drop the entries past `iteration` from samples.md: a resumed run writes them again."""
+    later = [entry for entry in read_samples(path) if int(entry[1]) > iteration]
+    if later:
+        write_text(path, later[0].string[: later[0].start()])
 
 
 # ---------------------------------------------------------------------------------------------
+# settings
 
 
 def check_config(cfg):
-    """Everything about the options alone that can be wrong."""
-    at_least(cfg, 1, "block_size", "batch_size", "gradient_accumulation_steps", "keep_checkpoints")
-    at_least(cfg, 1, "eval_iters", "log_interval")
-    at_least(cfg, 0, "max_iters", "max_epochs", "learning_rate", "min_lr", "warmup_iters", "seed")
-    at_least(cfg, 0, "weight_decay", "grad_clip", "eval_interval", "save_interval")
-    at_least(cfg, 0, "sample_tokens", "sample_temperature", "beta1", "beta2", "tokens_per_s")
-    if max(cfg.beta1, cfg.beta2) >= 1:
-        fail(f"--beta1 {cfg.beta1} and --beta2 {cfg.beta2} must be below 1", 2)
-    if ".." in Path(cfg.out_dir or "").parts or ".." in Path(cfg.dataset).parts:
-        fail(f"--out_dir {cfg.out_dir} and --dataset {cfg.dataset} must not contain '..'", 2)
+    """Raise UserError (code 2) for what is wrong with the options alone."""
+    check_range(cfg, 1, "block_size", "n_layer", "n_head", "n_embd", "n_kv_head", "head_dim")
+    check_range(cfg, 1, "batch_size", "gradient_accumulation_steps", "keep_checkpoints")
+    check_range(cfg, 1, "eval_iters", "log_interval", "n_inner")
+    check_range(cfg, 0, "max_iters", "max_epochs", "minutes", high=10**12)
+    check_range(cfg, 0, "learning_rate", "min_lr")
+    check_range(cfg, 0, "embedding_lr", "head_lr", "warmup_iters", "weight_decay", "grad_clip")
+    check_range(cfg, 0, "eval_interval", "save_interval", "sample_tokens", "sample_temperature")
+    check_range(cfg, 0, "dropout", "beta1", "beta2", "momentum", high=1 - 1e-9)
+    check_range(cfg, 0, "seed", high=2**63 - 1)
+    for group in Config.ALTERNATIVES:
+        said = [f"--{name}" for name in group if getattr(cfg, name)]
+        if len(said) > 1:
+            raise UserError(f"{' and '.join(said)} set the same; give one", 2)
+    if ".." in Path(cfg.dataset).parts or len(cfg.dataset.encode()) > 200:
+        raise UserError(f"--dataset {cfg.dataset[:80]} must be a short name without '..'", 2)
+
+
+def settings_of(cfg, saved):
+    """cfg, on resume laid over the run's own settings: what was said in this command wins.
+
+    saved: the run.json of the checkpoint, or None. What "was said" is known of a cfg made by
+    load(); of another it is what differs from the defaults.
+    """
+    given = getattr(cfg, "given", None)
+    given = set(changed(cfg) if given is None else given)
+    if saved is not None:
+        settings = {"schedule": "cosine", "momentum": 0.95}  # of runs that had no such options
+        settings |= asdict(GPTConfig(**saved["model"])) | saved["train"]
+        for group in Config.ALTERNATIVES:
+            if given & set(group):
+                settings |= dict.fromkeys(group)
+        settings |= {name: getattr(cfg, name) for name in given}
+        settings |= {"resume": True, "overwrite": False, "out_dir": cfg.out_dir}
+        cfg = Config(**{f.name: settings[f.name] for f in fields(Config) if f.name in settings})
+    beside = sorted(given & set(MODEL_FIELDS) - {"dropout", "block_size"})
+    if beside and cfg.init_from != "scratch":
+        raise UserError(f"--init_from {cfg.init_from} brings its own shape; leave out "
+                        f"{', '.join('--' + name for name in beside)}", 2)
+    return cfg
+
+
+def make_model(cfg, vocab_size, saved, tokenizer):
+    """The model of a fresh or resumed run, in training mode, on the CPU."""
+    if saved:
+        config = GPTConfig(**saved["model"])
+        return GPT(replace(config, dropout=cfg.dropout))  # the weights come from the checkpoint
+    torch.manual_seed(cfg.seed)
+    if cfg.init_from == "scratch":
+        try:
+            config = {name: getattr(cfg, name) for name in MODEL_FIELDS}
+            config = GPTConfig(vocab_size=vocab_size, **config)
+        except ValueError as error:  # only the numbers; a bug in GPT itself shows its line
+            raise UserError(error, 2) from error
+        return GPT(config)
+    import convert  # only here: it brings transformers along
+
+    model = convert.from_pretrained(cfg.init_from, cfg.dropout).train()
+    c = model.config
+    if c.vocab_size < vocab_size or c.block_size < cfg.block_size:
+        raise UserError(f"--init_from {cfg.init_from} has vocab_size {c.vocab_size} and block_size "
+                        f"{c.block_size}; the data needs {vocab_size} and {cfg.block_size}", 2)
+    convert.check_same_tokenizer(cfg.init_from, tokenizer)
+    return model
+
+
+def check_resume(cfg, folder, saved, files, config):
+    """Raise one UserError that names everything in which cfg and the data differ from the run."""
+    meta = {name: json.loads(content) for name, content in files.items()}
+    old_meta = {name: json.loads((folder / name).read_text("utf-8"))
+                for name in ("meta.json", "tokenizer.json") if (folder / name).exists()}
+    was = {f"the data's {key}": old_meta["meta.json"].get(key) for key in DATA_IDENTITY}
+    now = {f"the data's {key}": meta["meta.json"].get(key) for key in DATA_IDENTITY}
+    if meta.get("tokenizer.json") != old_meta.get("tokenizer.json"):
+        was["the tokenizer"] = "another one"
+        now["the tokenizer"] = "that of the data set now"
+    for name in ("init_from", "optimizer"):
+        was[f"--{name}"] = saved["train"].get(name)
+        now[f"--{name}"] = getattr(cfg, name)
+    for name in MODEL_FIELDS:
+        if getattr(cfg, name) is not None and name != "dropout" and cfg.init_from == "scratch":
+            was[f"--{name}"] = getattr(config, name)
+            now[f"--{name}"] = getattr(cfg, name)
+    runtime.check_same(folder, was, now)
+
+
+def measure_updates(model, data, cfg, accelerator, rows):
+    """(seconds an update takes here, peak memory of the process in bytes): three real updates on a
+    copy of the model; the first one warms up."""
+    import psutil
+
+    model = copy.deepcopy(model).to(accelerator.device)
+    optimizers = make_optimizers(model, cfg, accelerator.device)
+    model, *optimizers = accelerator.prepare(model, *optimizers)
+    runtime.set_learning_rate(optimizers, 1e-9)
+    times = []
+    n = count_windows(data["train"], cfg.block_size)
+    for iteration in range(3):
+        began = time.perf_counter()
+        windows = windows_of(iteration, rows, n, cfg.seed)[: cfg.batch_size]
+        batch = read_windows(data["train"], windows, cfg.block_size, 2**32, accelerator.device)
+        update(model, optimizers, [batch] * cfg.gradient_accumulation_steps, cfg, accelerator)
+        times.append(time.perf_counter() - began)
+    accelerator.free_memory()
+    memory = psutil.Process().memory_info().rss
+    if accelerator.device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated()
+    return max(accelerator.gather(torch.tensor(min(times[1:])).to(accelerator.device)).view(-1)
+               .tolist()), memory
+
+
+def dry_run(cfg, model, data, seconds, memory, rows):
+    """Print what the run would cost, from a few measured updates. Nothing is written."""
+    tokens = rows * cfg.block_size * cfg.max_iters
+    N = model.count_parameters()
+    hidden = sum(p.numel() for p in model.transformer.h.parameters() if p.dim() >= 2)
+    checkpoint = 12 * N - (4 * hidden if cfg.optimizer == "muon" else 0)  # Muon keeps one moment
+    disk = (cfg.keep_checkpoints + 1) * checkpoint + 4 * N  # one is written before one is deleted
+    print0(f"dry run, nothing is written\n"
+           f"parameters   {N:,}\n"
+           f"tokens       {tokens:,} in {cfg.max_iters:,} iterations, "
+           f"{tokens / len(data['train']):.2f} epochs\n"
+           f"time         {seconds * cfg.max_iters / 3600:.2f} hours, {seconds:.2f} s an "
+           "iteration, evaluations left out\n"
+           f"memory       {memory / 1e9:.2f} GB at its peak, the interpreter included\n"
+           f"disk         {disk / 1e9:.2f} GB at most, {checkpoint / 1e9:.2f} a checkpoint")
+
+
+# ---------------------------------------------------------------------------------------------
+# the run
 
 
 def main(cfg):
-    """Hold the run folder and the signals for as long as the run lasts."""
-    check_config(cfg)
-    if cfg.log_with != "none" and cfg.log_with not in map(str, get_available_trackers()):
-        fail(f"--log_with={cfg.log_with} needs a package: pip install {cfg.log_with}")
-    out_dir = Path(cfg.out_dir or f"out/{cfg.dataset}")
-    accelerator = make_accelerator(
-        cfg.mixed_precision,
-        may_shard=True,
-        gradient_accumulation_steps=cfg.gradient_accumulation_steps,
-        log_with=None if cfg.log_with == "none" else cfg.log_with,
-        project_dir=out_dir,
-    )
-    if cfg.optimizer == "muon" and accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
-        fail(f"{accelerator.distributed_type.value} keeps the state of one optimizer, and muon is "
-             "two; use --optimizer=adamw")  # fmt: skip
-    if cfg.dry_run:
-        import plan  # only here: a run does without it
+    """Hold the run folder and the signals for as long as the run lasts; see train().
 
-        return plan.main(cfg, accelerator, make_optimizers)
-    lock = lock_folder(out_dir) if accelerator.is_main_process else None
-    stop = StopSignal()
+    Returns {"model", "tokenizer", "history"}: the trained GPT in eval mode, its prepare.Tokenizer
+    and the rows of log.csv. Raises UserError.
+    """
+    check_config(cfg)
+    tracker = None if cfg.log_with == "none" else cfg.log_with
+    if tracker:
+        from accelerate.tracking import get_available_trackers  # slow
+
+        if tracker not in map(str, get_available_trackers()):
+            raise UserError(f"--log_with={tracker} needs a package: pip install {tracker}")
+    out_dir = Path(cfg.out_dir or f"out/{cfg.dataset}")
+    accelerator = runtime.make_accelerator(cfg.mixed_precision, log_with=tracker,
+                                           project_dir=out_dir)
+    runtime.save_plain_names(accelerator)
+    if cfg.dry_run:
+        return train(cfg, accelerator, out_dir, None)
+    lock = runtime.lock_folder(out_dir) if accelerator.is_main_process else None
+    stop = runtime.StopSignal()
     try:
-        signum = train(cfg, accelerator, out_dir, stop)
+        return train(cfg, accelerator, out_dir, stop)
     finally:
         stop.release()
         if lock:
             lock.release()
-    if signum:
-        raise SystemExit(128 + signum)
 
 
 def train(cfg, accelerator, out_dir, stop):
-    """The whole run, from top to bottom. Returns the signal that stopped it, 0 if none did."""
-    device, main_process = accelerator.device, accelerator.is_main_process
-    data_folder = Path(cfg.data_dir) / cfg.dataset
+    """The whole run, from top to bottom."""
+    device = accelerator.device
+    world = accelerator.num_processes
 
-    # -- the run folder and the data; the first process goes ahead -----------------------------
-    found = []
-    if main_process:
-        found = start_run(out_dir, cfg.resume, cfg.overwrite)
-    with accelerator.main_process_first():
-        meta, data = load_data(cfg)
-    tokenizer = prepare.load_tokenizer(data_folder)
+    # -- where to start, data, settings; nothing is deleted yet --------------------------------
+    checkpoint, saved = None, {}
+    if not cfg.dry_run:
+        checkpoint, saved = runtime.first_process_calls(
+            accelerator, runtime.find_run, out_dir, cfg.resume, cfg.overwrite)
+    by_hand = changed(cfg)
+    try:
+        cfg = given = settings_of(cfg, saved if checkpoint else None)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{checkpoint} is no checkpoint of train.py: {error!r}") from error
+    with accelerator.main_process_first():  # a missing preset is prepared once
+        meta, data, files = load_data(cfg)
+    tokenizer = prepare.load_tokenizer(Path(cfg.data_dir) / cfg.dataset)
     vocab_size = meta["vocab_size"]
-    rows = cfg.batch_size * cfg.gradient_accumulation_steps * accelerator.num_processes
+    rows = cfg.batch_size * cfg.gradient_accumulation_steps * world
     check_data(cfg, data, vocab_size, rows)
-    train_windows = n_windows(data["train"], cfg.block_size)
-    max_iters = math.ceil(cfg.max_epochs * train_windows / rows) or cfg.max_iters
-
-    # -- model and optimizer -------------------------------------------------------------------
-    torch.manual_seed(cfg.seed)
-    model_config = None  # where weights come from elsewhere, they bring it
-    if cfg.init_from == "scratch":
-        names = GPTConfig.__dataclass_fields__
-        model_config = {k: v for k, v in asdict(cfg).items() if k in names}
-        model_config["vocab_size"] = vocab_size
-    picked = [pick_checkpoint(found, model_config)] if found else [None]
-    checkpoint, saved = broadcast_object_list(picked)[0] or (None, {})
+    train_windows = count_windows(data["train"], cfg.block_size)
+    cfg = choose_shape(cfg, len(data["train"]))
+    model = make_model(cfg, vocab_size, saved, tokenizer)
     if checkpoint:
-        model = GPT(GPTConfig(**saved["model"]))
-    elif model_config:
-        model = GPT(GPTConfig(**model_config))
-    else:
-        model = GPT.from_pretrained(cfg.init_from, cfg.dropout)
-    c = model.config
-    if c.vocab_size < vocab_size or c.block_size < cfg.block_size:
-        fail(f"--init_from {cfg.init_from} has vocab_size {c.vocab_size} and block_size "
-             f"{c.block_size}; the data needs {vocab_size} and {cfg.block_size}", 2)  # fmt: skip
+        check_resume(cfg, checkpoint, saved, files, model.config)
+    if cfg.sample_start is None:
+        text = tokenizer.decode(data["val"][:64])
+        words = text.split()[1:4]  # the split may begin inside a word
+        cfg = replace(cfg, sample_start=" ".join(words) or text[:8])
+    if cfg.sample_tokens:
+        encode_prompt(model, tokenizer, cfg.sample_start)  # an error now, not at an evaluation
+
+    # -- length of the run, optimizers ---------------------------------------------------------
+    measure = partial(measure_updates, model, data, cfg, accelerator, rows)
+    cfg = choose_length(cfg, train_windows, rows, measure)
+    if cfg.dry_run:
+        return dry_run(cfg, model, data, *measure(), rows)
+    it = saved.get("iter", 0)
+    if it > cfg.max_iters:
+        raise UserError(f"{checkpoint} has done {it} iterations, more than the {cfg.max_iters} "
+                        "asked for; give a larger --max_iters, or start again with --overwrite")
+    if cfg.warmup_iters > cfg.max_iters:
+        raise UserError(f"--warmup_iters {cfg.warmup_iters} is longer than the run of "
+                        f"--max_iters {cfg.max_iters}", 2)
     model.to(device).train()
     optimizers = make_optimizers(model, cfg, device)
-    if plugin := accelerator.state.deepspeed_plugin:  # it would ask a data loader
-        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = cfg.batch_size
     model, *optimizers = accelerator.prepare(model, *optimizers)
-    # save_weights writes the model, accelerate the rest
-    accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
-    if checkpoint:
-        try:
-            accelerator.load_state(str(checkpoint))  # weights_only: no code of a stranger's runs
-        except Exception as error:  # signed with the right sums, and still not what it should be
-            fail(f"{checkpoint} cannot be loaded: {str(error).splitlines()[0][:150]}; "
-                 "start a new --out_dir")  # fmt: skip
-    compiled = cfg.compile and try_compile(model, cfg, accelerator)
-
-    # -- say what is about to happen -----------------------------------------------------------
     bare = accelerator.unwrap_model(model)
-    say("configuration:", ", ".join(f"{k}={v!r}" for k, v in changed(cfg).items()) or "defaults")
-    say(f"{device.type}, precision {accelerator.mixed_precision}, "
-        f"{'compiled' if compiled else 'not compiled'}, {accelerator.num_processes} process(es), "
-        f"{bare.count_parameters() / 1e6:.1f}M parameters")  # fmt: skip
-    say(f"{rows * cfg.block_size:,} tokens an iteration, {train_windows / rows:.1f} iterations an "
-        f"epoch, {max_iters:,} iterations = {max_iters * rows / train_windows:.2f} epochs of "
-        f"{train_windows * cfg.block_size:,} train tokens; "
-        f"{n_windows(data['val'], cfg.block_size) * cfg.block_size:,} val tokens")  # fmt: skip
-    start = it = saved.get("iter", 0)
-    best = saved.get("best_val_loss") or math.inf
-    bad_updates, skipped = 0, saved.get("skipped", 0)
-    hardware = machine() | {"precision": accelerator.mixed_precision,
-                            "processes": accelerator.num_processes}  # fmt: skip
     if checkpoint:
-        say(f"resuming from {checkpoint} at iteration {it:,}")
-    if main_process:
+        runtime.load_checkpoint(accelerator, checkpoint, optimizers)
+    if cfg.compile:
+        bare.compile()
+
+    # -- announce ------------------------------------------------------------------------------
+    print0("configuration:", ", ".join(f"{k}={v!r}" for k, v in by_hand.items()) or "defaults")
+    chosen = {k: v for k, v in asdict(cfg).items() if v is not None and v != asdict(given)[k]}
+    print0(f"chosen for {len(data['train']):,} train tokens:",
+           ", ".join(f"{k}={v!r}" for k, v in chosen.items()) or "nothing")
+    print0(f"{device.type}, precision {accelerator.mixed_precision}, "
+           f"{'compiled' if cfg.compile else 'not compiled'}, {world} process(es), "
+           f"{bare.count_parameters() / 1e6:.1f}M parameters")
+    print0(f"{rows * cfg.block_size:,} tokens an iteration, {train_windows / rows:.1f} iterations "
+           f"an epoch, {cfg.max_iters:,} iterations = {cfg.max_iters * rows / train_windows:.2f} "
+           f"epochs of {train_windows * cfg.block_size:,} train tokens; "
+           f"{count_windows(data['val'], cfg.block_size) * cfg.block_size:,} val tokens")
+    if checkpoint:
+        print0(f"resuming from {checkpoint} at iteration {it:,}")
+    if checkpoint and it == cfg.max_iters:
+        print0(f"the run is finished; a longer one: {runtime.resume_command(out_dir)} "
+               f"--max_iters={2 * it}, whose learning rate rises again to that schedule's")
+        return {"model": bare.eval(), "tokenizer": tokenizer,
+                "history": runtime.read_log(out_dir / "log.csv")}
+    if checkpoint and cfg.max_iters != saved["train"].get("max_iters"):
+        print0(f"extended to {cfg.max_iters:,} iterations: the learning rate continues at "
+               f"{lr_at(it, cfg, cfg.max_iters):.2e} on the schedule of that length")
+
+    # -- the run folder: from here on the old run is gone --------------------------------------
+    start = it
+    losses = {name: saved[name] for name in ("train_loss", "val_loss") if name in saved}
+    best = saved.get("best_val_loss") or math.inf
+    best_iter = saved.get("best_iter", 0)
+    bad_updates = runtime.BadUpdates(saved.get("skipped", 0))
+    info = {"script": "train.py", "model": asdict(bare.config), "train": asdict(cfg),
+            "resumed": saved.get("resumed", []) + ([it] if checkpoint else []),
+            "command": saved.get("command") or " ".join(sys.argv), "commit": commit(),
+            "machine": runtime.describe_machine(accelerator),
+            "started": saved.get("started") or time.strftime("%Y-%m-%d %H:%M")}
+    earlier_seconds = saved.get("seconds", 0.0)
+    if accelerator.is_main_process:
         with disk_errors(out_dir):
-            (out_dir / "config.json").write_text(json.dumps(asdict(cfg), indent=2), "utf-8")
-            known = it if checkpoint else -1
-            write_row = open_log(out_dir / "log.csv", keep_until=known)
-            trim_samples(out_dir / "samples.md", known)
-    with disk_errors(out_dir):  # trackers take no None
-        settings = {k: "None" if v is None else v for k, v in asdict(cfg).items()}
-        accelerator.init_trackers(out_dir.name, settings)  # no tracker: nothing happens
-    bar = progress_bar(max_iters, it, shown=main_process)
-    tell = say if bar.disable else lambda line: bar.write(line) if main_process else None
-    row, seconds, tokens_since, losses, signum = {"iter": 0, "tokens": 0}, 0.0, 0, {}, 0
+            if not checkpoint:
+                runtime.clear_run(out_dir)
+            write_text(out_dir / "run.json", json.dumps(info, indent=2))
+            trim_samples(out_dir / "samples.md", it)
+    log = runtime.RunLog(out_dir, cfg.max_iters, it, accelerator.is_main_process,
+                         keep_until=it if checkpoint else -1)
+    settings = {k: "None" if v is None else v for k, v in asdict(cfg).items()}  # trackers take none
+    accelerator.init_trackers(out_dir.name, settings)  # no tracker: nothing happens
+    row = {"iter": 0, "tokens": 0}
+    tokens_since = 0
+    updates_before = 0.0
+    signum, late = 0, False
 
     while True:
-        last = it == max_iters
-        fresh = it > start or not checkpoint  # a resumed run has done the rest of this already
+        last = it == cfg.max_iters
+        # A resumed run starts where its checkpoint was already evaluated, logged and saved.
+        fresh = it > start or not checkpoint
 
         # -- once in a while: evaluate, sample, log, save --------------------------------------
-        due = it % cfg.eval_interval == 0 if cfg.eval_interval else False
+        due = cfg.eval_interval and it % cfg.eval_interval == 0
         if fresh and (due or last):
-            losses = evaluate(model, data, cfg, accelerator, vocab_size)
+            with log.stage("evaluation"):
+                losses = evaluate(model, data, cfg, accelerator, vocab_size)
             row |= losses
-            tell(f"iteration {it}: {describe(losses, meta)}")
-            if cfg.sample_tokens and main_process and accelerator.distributed_type != "FSDP":
-                write_sample(bare, tokenizer, cfg, out_dir, it)
-        if fresh and main_process and ("val_loss" in row or it and it % cfg.log_interval == 0):
-            with disk_errors(out_dir):
-                write_row(row)
-                accelerator.log(row, step=it)  # to the trackers
+            log.print(f"iteration {it}: {describe_losses(losses, meta)}")
+            if cfg.sample_tokens and accelerator.is_main_process:
+                with log.stage("samples"):
+                    text = sample_text(bare, tokenizer, cfg)
+                append_sample(out_dir / "samples.md", it, losses["val_loss"], text)
+        if fresh and ("val_loss" in row or it and it % cfg.log_interval == 0):
+            log.write(row)
+            accelerator.log(row, step=it)  # to the trackers
         improved = fresh and it and row.get("val_loss", math.inf) < best
-        best = row["val_loss"] if improved else best
-        info = {"model": asdict(c), "train": asdict(cfg), "iter": it, "skipped": skipped,
-                "best_val_loss": best if best < math.inf else None, "machine": hardware,
-                **losses}  # fmt: skip
         if improved:
-            save_folder(accelerator, model, out_dir / "best", info, data_folder, False)
-        due = it % cfg.save_interval == 0 if cfg.save_interval else False
+            best = row["val_loss"]
+            best_iter = it
+        elif "val_loss" in row and row["val_loss"] > 1.02 * best:
+            log.print(f"val loss has risen since iteration {best_iter} ({best:.3f}, kept in best/)")
+        info |= {"iter": it, "skipped": bad_updates.skipped, "best_iter": best_iter,
+                 "best_val_loss": best if best < math.inf else None,
+                 "seconds": earlier_seconds + time.perf_counter() - log.began, **losses}
+
+        def write(folder):
+            """best/ holds what sample.py needs, a checkpoint what --resume needs besides."""
+            if folder.name != ".tmp-best":
+                accelerator.save_state(str(folder))  # weights, optimizers, scaler
+            elif accelerator.is_main_process:
+                save_model(bare, folder / "model.safetensors")
+            if accelerator.is_main_process:
+                for name, content in {**files, "run.json": json.dumps(info, indent=2)}.items():
+                    write_text(folder / name, content)
+
+        if improved:
+            with log.stage("checkpoints"):
+                runtime.save_checkpoint(accelerator, out_dir / "best", write)
+        due = late or cfg.save_interval and it % cfg.save_interval == 0
         if fresh and (due or last or signum) and it:
-            folder = out_dir / f"checkpoint-{it:06d}"
-            save_folder(accelerator, model, folder, info, data_folder, True)
-            if main_process:
-                for old in checkpoints(out_dir)[cfg.keep_checkpoints :]:
-                    remove(old)
-                with disk_errors(out_dir):
-                    plot_log(out_dir / "log.csv", out_dir / "loss.png")
+            with log.stage("checkpoints"):
+                folder = out_dir / f"checkpoint-{it:06d}"
+                runtime.save_checkpoint(accelerator, folder, write, cfg.keep_checkpoints)
+                stop.saved_at = time.monotonic()
+                if accelerator.is_main_process:
+                    with disk_errors(out_dir):
+                        runtime.plot_log(out_dir / "log.csv", out_dir / "loss.png", str(out_dir),
+                                         resumed=info["resumed"])
         if last or signum:
             break
 
         # -- one update ------------------------------------------------------------------------
-        began = time.perf_counter()
-        lr = lr_at(it, cfg, max_iters)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-        # dropout is a pure function of (seed, iteration, process): nothing to save or disturb
-        torch.manual_seed(mix(cfg.seed, it, accelerator.process_index))
-        windows = windows_of(it, rows, train_windows, cfg.seed).reshape(
-            cfg.gradient_accumulation_steps, accelerator.num_processes, cfg.batch_size
-        )[:, accelerator.process_index]
-        loss_sum = torch.zeros((), device=device)
-        for micro in windows:
-            idx, targets = read_windows(data["train"], micro, cfg.block_size, vocab_size, device)
-            with accelerator.accumulate(model):  # processes exchange gradients after the last one
-                loss = model(idx, targets, return_logits=False)[1]
-                accelerator.backward(loss)
-                loss_sum += loss.detach()
-        norm = accelerator.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
-        finite = math.isfinite(norm)
-        step(accelerator.scaler, optimizers, finite)
-        report = torch.stack((loss_sum / len(windows), torch.tensor(float(stop.signum)).to(device)))
-        loss, signum = accelerator.reduce(report).tolist()
-        loss /= accelerator.num_processes
-        signum = (stop.signum or 15) if signum else 0  # all stop here, whoever was told to
-        seconds += time.perf_counter() - began
+        with log.stage("updates"):
+            lr = lr_at(it, cfg, cfg.max_iters)
+            runtime.set_learning_rate(optimizers, lr)
+            # dropout is a pure function of (seed, iteration, process)
+            torch.manual_seed(runtime.derive_seed(cfg.seed, it, accelerator.process_index))
+            windows = windows_of(it, rows, train_windows, cfg.seed)
+            windows = windows.reshape(cfg.gradient_accumulation_steps, world, cfg.batch_size)
+            micro_batches = (
+                read_windows(data["train"], micro, cfg.block_size, vocab_size, device)
+                for micro in windows[:, accelerator.process_index]
+            )
+            loss, norm = update(model, optimizers, micro_batches, cfg, accelerator)
+            (loss,), signum, late = stop.agree(accelerator, loss)
         it += 1
 
         # -- log -------------------------------------------------------------------------------
-        bad_updates = 0 if finite else bad_updates + 1
-        skipped += not finite
-        if not finite:
-            tell(f"warning: iteration {it}: gradient norm {norm}, update skipped")
-        if bad_updates == BAD_UPDATES:
-            fail(f"iteration {it}: {BAD_UPDATES} updates in a row had a non-finite gradient; lower "
-                 f"--learning_rate or look at the data; {out_dir} is as last saved")  # fmt: skip
+        if bad_updates.count(math.isfinite(norm), it):
+            log.print(f"warning: iteration {it}: gradient norm {norm}, update skipped")
         tokens_since += rows * cfg.block_size
+        speed = tokens_since / (log.seconds["updates"] - updates_before)
         row = {"iter": it, "tokens": it * rows * cfg.block_size, "lr": lr, "loss": loss,
-               "grad_norm": float(norm), "tokens_per_s": tokens_since / seconds}  # fmt: skip
-        bar.update()
-        if it % cfg.log_interval == 0:
-            words = f"loss {loss:.3f}, {row['tokens_per_s']:,.0f} tokens/s"
-            bar.set_postfix_str(words)
-            if bar.disable:
-                say(f"iteration {it}: lr {lr:.2e}, {words}")
-            seconds, tokens_since = 0.0, 0
+               "grad_norm": norm, "tokens_per_s": speed}
+        logged = it % cfg.log_interval == 0
+        log.progress(it, f"loss {loss:.3f}, {speed:,.0f} tokens/s" if logged else "")
+        if logged:
+            tokens_since = 0
+            updates_before = log.seconds["updates"]
 
     # -- the end -------------------------------------------------------------------------------
-    bar.close()
-    tell(f"{'stopped' if signum else 'done'} at iteration {it}: {out_dir}"
-         + (f", {skipped} update(s) skipped" if skipped else ""))  # fmt: skip
+    skipped = f", {bad_updates.skipped} update(s) skipped" if bad_updates.skipped else ""
+    kept = f"; best val loss {best:.3f} at iteration {best_iter}" if best < math.inf else ""
+    done = "stopped" if signum else "done"
+    print0(f"{done} at iteration {it:,}: {out_dir}{skipped}{kept}; {log.close()}")
     accelerator.wait_for_everyone()  # the first process may still be drawing
     accelerator.end_training()
-    if accelerator.distributed_type == "FSDP":
-        time.sleep(0.5)  # the caches of DTensor keep the threads of gloo; see make_accelerator
-    return signum
+    if signum:
+        stop.exit(signum, out_dir, runtime.resume_command(out_dir))
+    return {"model": bare.eval(), "tokenizer": tokenizer,
+            "history": runtime.read_log(out_dir / "log.csv")}
 
 
 if __name__ == "__main__":
-    main(CFG)
+    runtime.run_script(main, CFG)

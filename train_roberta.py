@@ -1,19 +1,20 @@
-"""KantaiBERT: a tokenizer and a RoBERTa from scratch on one text, with transformers' Trainer.
+"""KantaiBERT: a tokenizer and a RoBERTa from scratch on one text, with Hugging Face's Trainer.
 
     python train_roberta.py config/kantaibert_small.py    # about 3 minutes on 2 CPU cores
     python train_roberta.py config/kantaibert.py          # the book's model, 84M parameters
     python train_roberta.py --source=my.txt --out_dir=out/mine
+    python train_roberta.py --out_dir=out/mine --resume   # continue from the newest checkpoint
     python train_roberta.py config/kantaibert_small.py --fill_mask "Reason is <mask>."
     torchrun --nproc_per_node 2 train_roberta.py ...      # GPUs or CPUs; batch x 2
 
-out_dir becomes a transformers folder (AutoTokenizer and AutoModelForMaskedLM load it), beside
-checkpoint-* folders, run.json, log.csv and loss.png.
+out_dir ends as a transformers folder (AutoTokenizer and AutoModelForMaskedLM load it), beside
+checkpoint-* folders, run.json, log.csv and loss.png. Read it from train() down, then its helpers.
 """
 
-from dataclasses import asdict, dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass, fields, replace
+from typing import ClassVar, Literal
 
-from configurator import at_least, changed, fail, load
+from configurator import changed, load
 
 
 @dataclass
@@ -26,62 +27,71 @@ class Config:
     vocab_size: int = 52_000  # of the tokenizer trained here, at most: a small text gives fewer
     block_size: int = 128  # tokens an example at most, <s> and </s> included
     packing: bool = False  # False: an example is a line; True: lines joined into full blocks
-    mlm_probability: float = 0.15  # share of the tokens to predict
+    mlm_probability: float = 0.15  # share of the tokens to predict; evaluation is always at 0.15
     val_fraction: float = 0.1  # share of the lines held out for evaluation: the last ones
     # model
-    n_layer: int = 6
-    n_head: int = 12
-    n_embd: int = 768
+    n_layer: int = 6  # blocks
+    n_head: int = 12  # heads a block
+    n_embd: int = 768  # width
     max_position_embeddings: int = 514  # 512 tokens: RoBERTa's first position is number 2
-    dropout: float = 0.1
-    init_std: float = 0.02  # of the first weights; a narrow model learns sooner with more
-    # training
+    dropout: float = 0.1  # of activations and attention
+    init_std: float = 0.02  # of the initial weights; a narrow model learns sooner with more
+    # one iteration = one update of batch_size x gradient_accumulation_steps x processes examples
     max_epochs: float = 1.0  # passes over the examples; also the length of the schedule
-    max_steps: int = 0  # updates after which to stop, the schedule unchanged; 0: the whole recipe
-    batch_size: int = 64  # examples a micro-batch, on each process
-    gradient_accumulation_steps: int = 1
-    learning_rate: float = 5e-5  # then linear to zero
-    warmup_steps: int = 0
-    weight_decay: float = 0.0
-    grad_clip: float = 1.0
+    max_iters: int = 0  # iterations after which to stop, the schedule unchanged; 0: all of it
+    batch_size: int = 64  # examples of a micro-batch on each process
+    gradient_accumulation_steps: int = 1  # micro-batches an update
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for hidden matrices, AdamW for the rest
+    learning_rate: float = 5e-5  # at its peak, then linear to zero
+    warmup_iters: int = 0  # iterations of linear warm-up from zero
+    weight_decay: float = 0.0  # of matrices
+    grad_clip: float = 1.0  # norm the gradient is clipped to
     mixed_precision: Literal["auto", "fp16", "bf16", "no"] = "auto"  # auto: bf16 where it is fast
-    # run
+    # run: how often to log, evaluate and save; how many checkpoints to keep
     out_dir: str = "out/kantaibert"
     data_dir: str = "data"  # downloads go into its folder kant, or roberta for another URL
-    seed: int = 1337
-    resume: bool = False  # go on from the newest checkpoint in out_dir
-    overwrite: bool = False  # start again although out_dir holds checkpoints
-    log_steps: int = 10
-    eval_steps: int = 500  # and at the end
-    save_steps: int = 10_000  # and at the end
-    save_total_limit: int = 2  # newest checkpoints kept
+    seed: int = 1337  # of the weights, the order, the masks and dropout
+    resume: bool = False  # continue from the newest intact checkpoint in out_dir
+    overwrite: bool = False  # start again in an out_dir that holds a run
+    log_interval: int = 10  # iterations between rows of log.csv
+    eval_interval: int = 500  # iterations between evaluations; 0: only at the end
+    save_interval: int = 10_000  # iterations; besides: every 15 minutes and at the end
+    keep_checkpoints: int = 2  # newest ones kept
     fill_mask: str = ""  # text with <mask>: only fill it in, with the finished run in out_dir
+    RETIRED: ClassVar = {"max_steps": "--max_iters", "warmup_steps": "--warmup_iters",
+                         "log_steps": "--log_interval", "eval_steps": "--eval_interval",
+                         "save_steps": "--save_interval", "save_total_limit": "--keep_checkpoints"}
 
 
 if __name__ == "__main__":
     CFG = load(Config)  # parse before the slow imports: --help answers at once
 
 import contextlib
+import hashlib
 import json
 import math
+import re
+import shutil
 import time
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from accelerate.utils import broadcast_object_list
+from safetensors import safe_open
 from tokenizers import AddedToken, ByteLevelBPETokenizer
-from transformers import AutoModelForMaskedLM, AutoTokenizer, RobertaConfig, RobertaTokenizer
 
 import prepare
 import runtime
-from runtime import say
+from runtime import UserError, check_range, first_line, print0
 
-FIXED = "n_layer n_head n_embd max_position_embeddings vocab_size block_size packing".split()
-COLUMNS = [*runtime.LOG_COLUMNS, "val_accuracy"]
-
+EVAL_PROBABILITY = 0.15  # of masking, whatever the training's, so that validation losses compare
+MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
+               "vocab.txt", "model.safetensors")  # of a transformers folder; the weights last
+FIXED = ("n_layer", "n_head", "n_embd", "max_position_embeddings", "block_size", "packing",
+         "val_fraction", "seed", "init_std", "optimizer", "weight_decay")  # for a resumed run
 
 # ---------------------------------------------------------------------------------------------
 # text -> tokenizer -> examples -> batches
@@ -92,51 +102,48 @@ def read_lines(paths):
     for path in paths:
         try:
             with open(path, encoding="utf-8-sig") as f:
-                yield from (line.rstrip("\n") for line in f if not line.isspace())
-        except UnicodeDecodeError as error:
-            fail(f"{path} is not UTF-8: it holds byte {error.object[error.start]:#04x}; "
-                 f"convert it: iconv -f ENCODING -t utf-8 {path}")  # fmt: skip
+                lines = "".join(prepare.read_pieces(f)).split("\n")
         except OSError as error:
-            fail(f"{path} cannot be read: {error.strerror}")
+            raise UserError(f"{path} cannot be read: {error.strerror}") from error
+        yield from (line for line in lines if line.strip())
 
 
-def train_tokenizer(lines, vocab_size, folder):
-    """Train a byte-level BPE and write it into `folder`, as the book does: two files."""
-    bpe, specials = ByteLevelBPETokenizer(), ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    bpe.train_from_iterator(lines, vocab_size, 2, special_tokens=specials, show_progress=False)
-    bpe.save_model(str(folder))
+def train_tokenizer(lines, vocab_size):
+    """Train a byte-level BPE on the lines, as the book does. Returns (vocabulary, merges)."""
+    # The time grows with the square of a word's length: cut what is longer than any word.
+    pieces = (piece for line in lines for piece in re.findall(r"\s*\S{1,1000}", line))
+    specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(pieces, vocab_size, 2, special_tokens=specials, show_progress=False)
+    model = json.loads(bpe.to_str())["model"]
+    return model["vocab"], [tuple(pair) for pair in model["merges"]]
 
 
-def open_tokenizer(path, cfg):
+def make_tokenizer(vocab, merges):
+    """RoBERTa's tokenizer from a vocabulary and merges, or the names of their files."""
+    # lstrip: <mask> takes the space before it along, as the word does that it hides
+    mask = AddedToken("<mask>", lstrip=True, special=True)
+    return transformers.RobertaTokenizer(vocab=vocab, merges=merges, mask_token=mask)
+
+
+def open_tokenizer(path):
     """The transformers tokenizer in a folder (or its tokenizer.json); none of its code is run.
-
-    A folder with only vocab.json and merges.txt is RoBERTa's. Exits with code 1 where it cannot be
-    read or lacks what masked language modelling needs.
-    """
-    if not Path(path).exists():
-        fail(f"--tokenizer {path}: no such folder or tokenizer.json")
+    A folder with only vocab.json and merges.txt is RoBERTa's."""
     folder = Path(path).parent if Path(path).is_file() else Path(path)
     try:
         if (folder / "vocab.json").exists() and not (folder / "tokenizer.json").exists():
-            mask = AddedToken("<mask>", lstrip=True, special=True)  # takes the space before it
-            names = {"vocab": str(folder / "vocab.json"), "merges": str(folder / "merges.txt")}
-            tokenizer = RobertaTokenizer(**names, mask_token=mask)
+            tokenizer = make_tokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
         else:
-            only_here = {"local_files_only": True, "trust_remote_code": False}
-            tokenizer = AutoTokenizer.from_pretrained(folder, **only_here)
-        engine = tokenizer.backend_tokenizer
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False)
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
     except Exception as error:  # the tokenizers library raises nothing more precise
-        fail(f"--tokenizer {path} cannot be read as a tokenizer: {error}")
+        raise UserError(f"--tokenizer {path}: no folder or tokenizer.json that can be read: "
+                        f"{first_line(error)}") from error
     needs = [f"{name}_token" for name in ("cls", "sep", "pad", "mask")]
     if missing := [name for name in needs if getattr(tokenizer, name) is None]:
-        fail(f"--tokenizer {path} has no {', '.join(missing)}; leave it out to train one")
-    engine.no_truncation()
-    engine.no_padding()
-    tokenizer.model_max_length = cfg.max_position_embeddings - tokenizer.pad_token_id - 1
-    if cfg.block_size > tokenizer.model_max_length:  # positions start behind the padding's id
-        fail(f"--tokenizer {path} pads with token {tokenizer.pad_token_id}; --block_size "
-             f"{cfg.block_size} and --max_position_embeddings {cfg.max_position_embeddings} then "
-             f"do not go together", 2)  # fmt: skip
+        raise UserError(f"--tokenizer {path} has no {', '.join(missing)}; leave it out")
     return tokenizer
 
 
@@ -146,99 +153,96 @@ def encode(lines, tokenizer, block_size, packing):
     Packed, the lines are one text joined by spaces, cut into full blocks; the last block reaches
     back into the one before it, so that it is full too.
     """
-    room, engine, rows = block_size - 2, tokenizer.backend_tokenizer, []
+    longest = block_size - 2
+    engine = tokenizer.backend_tokenizer
     engine.encode_special_tokens = True  # "<mask>" in a text is text
+    examples = []
     for at in range(0, len(lines), 4096):
         some = [" " + x.strip() if packing else x for x in lines[at : at + 4096]]
         some = engine.encode_batch_fast(some, add_special_tokens=False)
-        rows += [np.array(row.ids, dtype=np.int32) for row in some]
+        examples += [np.array(encoding.ids, dtype=np.int32) for encoding in some]
     engine.encode_special_tokens = False
-    if packing and rows:
-        text = np.concatenate(rows)
-        rows = [text[i : i + room] for i in range(0, len(text) - room + 1, room)]
-        rows += [text[-room:]] if len(text) % room else []
-    if longer := sum(len(row) > room for row in rows):
-        say(f"{longer:,} line(s) longer than --block_size {block_size} are cut there; "
-            "--packing=True keeps all of a line")  # fmt: skip
-    return [row[:room] for row in rows if len(row)]
+    if packing and examples:
+        text = np.concatenate(examples)
+        examples = [text[i : i + longest] for i in range(0, len(text) - longest + 1, longest)]
+        examples += [text[-longest:]] if len(text) % longest else []
+    if longer := sum(len(ids) > longest for ids in examples):
+        print0(f"{longer:,} line(s) longer than --block_size {block_size} are cut there; "
+               "--packing keeps all of a line")
+    return [ids[:longest] for ids in examples if len(ids)]
 
 
-class Masked(torch.utils.data.Dataset):
-    """masked[epoch, i]: example i as (ids, labels), between <s> and </s>, masked BERT's way.
+@lru_cache(maxsize=2)
+def epoch_order(seed, epoch, n):
+    """The permutation of 0..n-1 in which an epoch visits the examples."""
+    return np.random.default_rng((seed, epoch)).permutation(n)
 
-    mlm_probability of the tokens are to predict: 80 % of them become <mask>, 10 % a random token,
-    10 % stay (arXiv:1810.04805). It depends on (seed, epoch, i) alone, so neither the batch size
-    nor the processes nor a resume change it. Labels are -100 where nothing is to predict.
+
+class MaskedDataset(torch.utils.data.Dataset):
+    """The examples of a whole run one after another, as (ids, labels) masked BERT's way.
+
+    Item k belongs to epoch k // n, and each epoch is a fresh permutation of the n examples. Masks
+    and order depend on (seed, k) alone: neither batch size, processes nor a resume change them.
+    length=None: for evaluation, each example once and in order. Labels are -100 where nothing is
+    to predict.
     """
 
-    def __init__(self, examples, tokenizer, cfg):
-        self.examples, self.tokenizer, self.size = examples, tokenizer, len(tokenizer)
-        self.seed, self.share = cfg.seed, cfg.mlm_probability
+    def __init__(self, examples, tokenizer, seed, probability, length=None):
+        self.examples, self.tokenizer = examples, tokenizer
+        self.seed, self.probability, self.length = seed, probability, length
 
     def __len__(self):
-        return len(self.examples)
+        return len(self.examples) if self.length is None else self.length
 
-    def __getitem__(self, key):
-        epoch, i = key
-        ids, random = self.examples[i].copy(), np.random.default_rng((self.seed, epoch, i))
-        chosen, fate = random.random((2, len(ids)))
-        chosen = chosen < self.share
-        labels = np.where(chosen, ids, -100)
-        ids[chosen & (fate < 0.8)] = self.tokenizer.mask_token_id
-        swapped = chosen & (fate >= 0.9)
-        ids[swapped] = random.integers(self.size, size=swapped.sum())
+    def __getitem__(self, k):
+        epoch, i = divmod(k, len(self.examples))
+        if self.length is not None:
+            epoch += 1  # 0 is the evaluation's
+            i = int(epoch_order(self.seed, epoch, len(self.examples))[i])
+        ids = self.examples[i].copy()
+        random = np.random.default_rng((self.seed, epoch, i))
+        masked, action = random.random((2, len(ids)))
+        masked = masked < self.probability
+        labels = np.where(masked, ids, -100)
+        # 80 % become <mask>, 10 % a random token, 10 % stay as they are (arXiv:1810.04805)
+        ids[masked & (action < 0.8)] = self.tokenizer.mask_token_id
+        swapped = masked & (action >= 0.9)
+        ids[swapped] = random.integers(len(self.tokenizer), size=swapped.sum())
         first, last = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
         return np.r_[first, ids, last], np.r_[-100, labels, -100]
 
 
-class Order(torch.utils.data.Sampler):
-    """(epoch, i) of every example of a run: a fresh permutation each epoch, from epoch 1, and on
-    over epoch ends, so that every batch is full. A function of (seed, place in the run) alone."""
+def collate(examples, pad_id):
+    """B (ids, labels) pairs -> one batch without padding to speak of: short examples share a row
+    (first fit, rows of 64 tokens or of the longest example) and do not see each other.
 
-    def __init__(self, examples, length, seed):
-        self.examples, self.length, self.seed = examples, length, seed
-
-    def __len__(self):
-        return self.length
-
-    def __iter__(self):
-        for place in range(self.length):
-            epoch, at = divmod(place, self.examples)
-            if at == 0:
-                shuffled = np.random.default_rng((self.seed, epoch)).permutation(self.examples)
-            yield epoch + 1, int(shuffled[at])
-
-
-def collate(pairs, pad_id):
-    """(ids, labels) pairs -> one batch without padding to speak of: several short examples share a
-    row (first fit, rows of 64 tokens or of the longest example) and do not see each other.
-
-    Returns input_ids, labels, position_ids and segments, each (R, T); segments numbers the
-    examples of a row from 1, and is 0 on padding.
+    Returns input_ids, position_ids and segments, each (R, T): segments numbers the examples from 1
+    and is 0 on padding; labels and where, each (B, L): where each label's token is in R x T.
     """
-    room, rows = max(64, *(len(ids) for ids, _ in pairs)), []
-    for pair in pairs:
-        row = next((r for r in rows if r[0] + len(pair[0]) <= room), None)
-        if row is None:
-            rows.append(row := [0, []])
-        row[0] += len(pair[0])
-        row[1].append(pair)
-    shape = len(rows), -(-max(used for used, _ in rows) // 8) * 8  # (R, T), T as GPUs like it
-    fills = {"input_ids": pad_id, "labels": -100, "position_ids": pad_id, "segments": 0}
-    batch = {name: np.full(shape, fill, dtype=np.int64) for name, fill in fills.items()}
-    for r, (_, members) in enumerate(rows):
-        at = 0
-        for number, (ids, labels) in enumerate(members, 1):
-            here = r, slice(at, at + len(ids))
-            batch["input_ids"][here], batch["labels"][here] = ids, labels
-            batch["position_ids"][here] = pad_id + 1 + np.arange(len(ids))
-            batch["segments"][here] = number
-            at += len(ids)
-    return {name: torch.from_numpy(array) for name, array in batch.items()}
+    longest = max(len(ids) for ids, _ in examples)
+    width = -(-max(64, longest) // 8) * 8  # a multiple of 8, as GPUs like it
+    used, spots = [], []  # tokens in each row, flat positions of each example
+    for ids, _ in examples:
+        row = next((r for r, n in enumerate(used) if n + len(ids) <= width), len(used))
+        used += [0] if row == len(used) else []
+        spots.append(row * width + used[row] + np.arange(len(ids)))
+        used[row] += len(ids)
+    size = len(used) * width
+    tokens, positions, segments = np.full(size, pad_id), np.full(size, pad_id), np.zeros(size, int)
+    labels = np.full((len(examples), longest), -100)
+    where = np.zeros_like(labels)
+    for b, spot in enumerate(spots):
+        tokens[spot], labels[b, : len(spot)] = examples[b]
+        positions[spot] = pad_id + 1 + np.arange(len(spot))
+        segments[spot] = b + 1
+        where[b, : len(spot)] = spot
+    rows = {"input_ids": tokens, "position_ids": positions, "segments": segments}
+    rows = {name: torch.from_numpy(array.reshape(-1, width)) for name, array in rows.items()}
+    return rows | {"labels": torch.from_numpy(labels), "where": torch.from_numpy(where)}
 
 
 # ---------------------------------------------------------------------------------------------
-# model and Trainer
+# model and optimizer
 
 
 class RobertaForMaskedLM(transformers.RobertaForMaskedLM):
@@ -247,173 +251,209 @@ class RobertaForMaskedLM(transformers.RobertaForMaskedLM):
     The name is kept: it is what config.json tells other programs to load.
     """
 
-    def forward(self, input_ids, segments=None, labels=None, num_items_in_batch=None, **kwargs):
-        """Without `segments` transformers' own. With: the loss is summed over the M positions to
-        predict, divided by `num_items_in_batch` (None: M), and the logits are (M, vocabulary)."""
+    def forward(self, input_ids, segments=None, labels=None, where=None, num_items_in_batch=None,
+                **kwargs):
+        """Without `segments` transformers' own. With a batch of collate(): logits (M, V) of the M
+        positions to predict, and their summed loss divided by `num_items_in_batch`, the Trainer's
+        count over all micro-batches and processes of an update (None: by M)."""
         if segments is None:
             return super().forward(input_ids, labels=labels, **kwargs)
         same = segments[:, None, :, None] == segments[:, None, None, :]  # (R, 1, T, T)
         hidden = self.roberta(input_ids, attention_mask=same, **kwargs)[0]  # (R, T, C)
-        chosen = labels != -100
-        logits = self.lm_head(hidden[chosen]).float()  # (M, V)
-        loss = F.cross_entropy(logits, labels[chosen], reduction="sum")
-        count = chosen.sum() if num_items_in_batch is None else num_items_in_batch
-        loss = loss / torch.as_tensor(count).clamp(min=1)  # a short line may have none
+        masked = labels != -100  # (B, L)
+        hidden = hidden.flatten(0, 1)[where[masked]]  # (M, C)
+        logits = self.lm_head(hidden).float()  # (M, V)
+        loss = F.cross_entropy(logits, labels[masked], reduction="sum")
+        count = masked.sum() if num_items_in_batch is None else num_items_in_batch
+        loss = loss / torch.as_tensor(count).clamp(min=1)  # short lines may have none
         return transformers.modeling_outputs.MaskedLMOutput(loss=loss, logits=logits)
 
 
-def make_model(cfg, vocab_size, special):
-    """A fresh model. special: the ids of <s>, <pad> and </s>."""
-    bos, pad, eos = special
-    return RobertaForMaskedLM(RobertaConfig(
-        vocab_size=vocab_size, num_hidden_layers=cfg.n_layer, num_attention_heads=cfg.n_head,
+def make_model(cfg, tokenizer):
+    """A RoBERTa with initial weights."""
+    torch.manual_seed(cfg.seed)
+    return RobertaForMaskedLM(transformers.RobertaConfig(
+        vocab_size=len(tokenizer), num_hidden_layers=cfg.n_layer, num_attention_heads=cfg.n_head,
         hidden_size=cfg.n_embd, intermediate_size=4 * cfg.n_embd, type_vocab_size=1,
         max_position_embeddings=cfg.max_position_embeddings, initializer_range=cfg.init_std,
         hidden_dropout_prob=cfg.dropout, attention_probs_dropout_prob=cfg.dropout,
-        bos_token_id=bos, pad_token_id=pad, eos_token_id=eos))  # fmt: skip
+        bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id))
 
 
-def learning_rate(t, cfg, recipe_steps):
-    """The rate of update t (from 0): warm-up from above 0, then linear to zero over the recipe.
-    Past the recipe the last rate stays. A function of t and the settings: nothing to restore."""
-    if t < cfg.warmup_steps:
-        return cfg.learning_rate * (t + 1) / (cfg.warmup_steps + 1)
-    span = max(recipe_steps - cfg.warmup_steps, 1)
-    return cfg.learning_rate * max(recipe_steps - t, 1) / span
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon for hidden matrices and AdamW for the rest, as the one optimizer the Trainer takes."""
+
+    def __init__(self, model, lr, weight_decay):
+        matrices = {name: p for name, p in model.named_parameters() if p.ndim == 2}
+        hidden = [p for name, p in matrices.items() if "embeddings" not in name]
+        tables = [p for name, p in matrices.items() if "embeddings" in name]
+        vectors = [p for p in model.parameters() if p.ndim < 2]
+        # match_rms_adamw: updates as large as AdamW's, so that one learning rate serves both
+        muon = torch.optim.Muon(hidden, lr, weight_decay, adjust_lr_fn="match_rms_adamw")
+        rest = [{"params": tables}, {"params": vectors, "weight_decay": 0.0}]
+        self.parts = (muon, torch.optim.AdamW(rest, lr, weight_decay=weight_decay))
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+
+    def step(self, closure=None):
+        """Both parts update with the groups and the state of this object, which it saves."""
+        muon, adamw = self.parts
+        muon.param_groups, adamw.param_groups = self.param_groups[:1], self.param_groups[1:]
+        muon.state = adamw.state = self.state
+        muon.step()
+        adamw.step()
+
+
+# ---------------------------------------------------------------------------------------------
+# what is added to the Trainer: measures, callbacks, and one method for whole checkpoints
+
+
+def example_statistics(logits, labels):
+    """For preprocess_logits_for_metrics: (M, V) logits and (B, L) labels -> (B, 3), each example's
+    summed loss, hits and masked tokens. The Trainer gathers these instead of the logits."""
+    masked = labels != -100
+    answers = labels[masked]
+    loss = F.cross_entropy(logits, answers, reduction="none")
+    each = torch.stack([loss, logits.argmax(-1) == answers, torch.ones_like(loss)], 1)  # (M, 3)
+    return each.new_zeros(len(labels), 3).index_add(0, masked.nonzero()[:, 0], each)
+
+
+def compute_metrics(prediction):
+    """Loss and accuracy over all masked tokens; nan where there are none. This "loss" replaces the
+    Trainer's own, which is a mean of the batches' means."""
+    loss, hits, count = prediction.predictions.astype(np.float64).sum(0)
+    return {"loss": loss / (count or math.nan), "accuracy": hits / (count or math.nan)}
+
+
+class UpdateCallback(transformers.TrainerCallback):
+    """What makes an update repeatable and a run stoppable: seeds, bad gradients, signals."""
+
+    def __init__(self, seed, done, last, accelerator, stop):
+        self.seed, self.done, self.last = seed, done, last
+        self.accelerator, self.stop = accelerator, stop
+        self.bad, self.signum, self.begun = runtime.BadUpdates(), 0, False
+
+    def on_train_begin(self, args, state, control, lr_scheduler, **kwargs):
+        """A resumed run takes intervals and rate from its own settings, not the checkpoint's."""
+        if self.done:
+            if state.global_step != self.done or type(state.log_history) is not list:
+                raise ValueError("trainer_state.json belongs to another checkpoint")
+            state.compute_steps(args, state.max_steps)
+            lr_scheduler.base_lrs = [args.learning_rate for _ in lr_scheduler.base_lrs]
+            lr_scheduler.last_epoch -= 1
+            lr_scheduler.step()
+        self.begun = True
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        """Dropout is a function of the place in the run: there is no random state to save."""
+        torch.manual_seed(runtime.derive_seed(self.seed, state.global_step, args.process_index))
+
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        """Skip an update whose gradient is not finite; ten in a row end the run."""
+        # The Trainer has clipped: by a norm that is not finite, which leaves only 0 and nan.
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        if self.bad.count(bool(norm.isfinite()), state.global_step + 1):
+            model.zero_grad()  # without a gradient the optimizer leaves every weight as it is
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """A signal to any process stops all of them after this update, with a checkpoint."""
+        _, self.signum, late = self.stop.agree(self.accelerator)
+        last = state.global_step == self.last
+        control.should_training_stop |= last or self.signum > 0
+        at_end = last and args.eval_strategy != "no"
+        control.should_evaluate = (control.should_evaluate or at_end) and not self.signum
+        control.should_save |= control.should_training_stop or late
+        # A row at each checkpoint: a resumed run's next mean loss starts there as well.
+        control.should_log |= control.should_save or control.should_evaluate
+
+    def on_save(self, args, state, control, **kwargs):
+        self.stop.saved_at = time.monotonic()
+
+
+class LogCallback(transformers.TrainerCallback):
+    """log.csv, loss.png and the progress bar or plain lines, in place of the Trainer's printer."""
+
+    def __init__(self, last, resumed):
+        self.last, self.resumed = last, resumed
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.folder, self.first = Path(args.output_dir), state.is_world_process_zero
+        columns = [*runtime.LOG_COLUMNS, "val_accuracy"]
+        self.log = runtime.RunLog(self.folder, self.last, state.global_step, self.first, columns,
+                                  keep_until=state.global_step)
+        self.tokens, self.updating, self.clock = state.num_input_tokens_seen, 0, time.perf_counter()
+
+    def lap(self, stage):
+        """Count the time since the last call as `stage`, and return it."""
+        seconds = time.perf_counter() - self.clock
+        self.clock += seconds
+        self.log.seconds[stage] = self.log.seconds.get(stage, 0.0) + seconds
+        return seconds
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.updating += self.lap("updates")
+        self.log.progress(state.global_step)
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        """Called with the mean loss of an interval, with an evaluation, and with a summary."""
+        if "loss" in logs:
+            tokens = state.num_input_tokens_seen
+            self.row = {"iter": state.global_step, "tokens": tokens, "lr": logs["learning_rate"],
+                        "loss": logs["loss"], "grad_norm": logs["grad_norm"],
+                        "tokens_per_s": round((tokens - self.tokens) / self.updating)}
+            self.tokens, self.updating = tokens, 0
+            self.log.progress(state.global_step, f"loss {logs['loss']:.4f}, "
+                              f"{self.row['tokens_per_s']:,} tokens/s")
+        elif "eval_loss" in logs:
+            loss, accuracy = logs["eval_loss"], logs["eval_accuracy"]
+            self.row |= {"val_loss": loss, "val_accuracy": accuracy}
+            self.log.print(f"iteration {state.global_step:,}: val loss {loss:.4f}, perplexity "
+                           f"{runtime.perplexity(loss):.2f}, masked accuracy {accuracy:.1%}")
+        if "eval_loss" in logs or "loss" in logs and not control.should_evaluate:
+            self.log.write(self.row)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        if self.first:
+            with runtime.disk_errors(self.folder):
+                runtime.plot_log(self.folder / "log.csv", self.folder / "loss.png",
+                                 self.folder.name, unit="masked token", resumed=self.resumed)
+        self.lap("evaluation")
+
+    def on_save(self, args, state, control, **kwargs):
+        self.lap("saving")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.log.print(f"trained for {self.log.close()}")
 
 
 class Trainer(transformers.Trainer):
-    """The Trainer with this project's order of examples, evaluation and checkpoints."""
+    """transformers' Trainer with checkpoints that are written whole and hold no pickled code."""
 
-    def __init__(self, cfg, examples, **kwargs):
-        self.cfg, self.examples, self.bad_in_a_row = cfg, examples, 0
+    def __init__(self, run, keep, **kwargs):
+        self.run, self.keep = run, keep
         super().__init__(**kwargs)
 
-    def _get_train_sampler(self, train_dataset=None):
-        return Order(len(self.train_dataset), self.examples, self.cfg.seed)
-
-    def _clip_grad_norm(self, model):
-        """Clip; skip an update whose gradient is not finite, and stop after ten in a row."""
-        norm = super()._clip_grad_norm(model)
-        self.bad_in_a_row = 0 if math.isfinite(norm) else self.bad_in_a_row + 1
-        if self.bad_in_a_row:
-            model.zero_grad()  # no gradient: the optimizer leaves every weight as it is
-        if self.bad_in_a_row == 10:
-            fail(f"step {self.state.global_step}: 10 updates in a row had a non-finite gradient; "
-                 "go on with --resume=True and a lower --learning_rate")  # fmt: skip
-        return norm
-
-    @torch.no_grad()
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """Loss and accuracy over all masked tokens of the held-out lines and, for train_loss, of as
-        many training examples; the masks are the same each time, no random state is touched."""
-        self.model.eval()
-        metrics, rank, size = {}, self.args.process_index, self.cfg.batch_size
-        n_train, n_val = len(self.train_dataset), len(self.eval_dataset)
-        some = range(0, n_train, max(1, n_train // (n_val or n_train)))
-        splits = ("train", self.train_dataset, some), ("val", self.eval_dataset, range(n_val))
-        for name, data, chosen in splits:
-            total = torch.zeros(3, device=self.args.device)  # summed loss, hits, masked tokens
-            for at in range(rank * size, len(chosen), self.args.world_size * size):
-                batch = self.data_collator([data[0, i] for i in chosen[at : at + size]])
-                batch = self._prepare_inputs(batch)
-                with self.accelerator.autocast():
-                    out = self.model(**batch, num_items_in_batch=1)
-                answers = batch["labels"][batch["labels"] != -100]  # (M,)
-                hits = (out.logits.argmax(-1) == answers).sum()
-                total += torch.stack([out.loss, hits.float(), out.loss.new_tensor(len(answers))])
-            loss, hits, count = self.accelerator.reduce(total).tolist()
-            if count:
-                metrics |= {f"{name}_loss": loss / count, f"{name}_accuracy": hits / count}
-        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
     def _save_checkpoint(self, model, trial):
-        """Write into a folder beside it, which gets the name checkpoint-STEP once it is whole."""
-        with runtime.disk_errors(self.args.output_dir):
-            self._write_checkpoint()
-        self.accelerator.wait_for_everyone()
+        """Write what train(resume_from_checkpoint=...) reads, aside; rename it when it is whole.
 
-    def _write_checkpoint(self):
-        final = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
-        beside = final.with_name(f".tmp-{final.name}")
-        self.save_model(str(beside), _internal_call=True)
-        self._save_optimizer_and_scheduler(str(beside))
-        self._save_scaler(str(beside))  # no random state: Diary seeds every update
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            (beside / "training_args.bin").unlink()  # a pickle, and nothing here reads it
-            (beside / "run.json").write_text(json.dumps(asdict(self.cfg), indent=2) + "\n")
-            self.state.save_to_json(str(beside / "trainer_state.json"))
-            runtime.seal_folder(beside, final)
-            for old in runtime.checkpoints(final.parent)[self.cfg.save_total_limit :]:
-                runtime.remove(old)
+        Private, for want of a public way around a save: the Trainer's own writes in place, so that
+        a kill leaves half a checkpoint, and pickles its arguments and the random state.
+        """
+        def write(folder):
+            if self.args.should_save:
+                self.model.save_pretrained(folder)
+                self.processing_class.save_pretrained(folder)
+                self.processing_class.backend_tokenizer.model.save(str(folder))  # the book's files
+                torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
+                torch.save(self.lr_scheduler.state_dict(), folder / "scheduler.pt")
+                if self.accelerator.scaler:
+                    torch.save(self.accelerator.scaler.state_dict(), folder / "scaler.pt")
+                self.state.save_to_json(str(folder / "trainer_state.json"))
+                runtime.write_text(folder / "run.json", json.dumps(self.run, indent=2) + "\n")
 
-
-class Diary(transformers.TrainerCallback):
-    """What happens around an update: its rate and seed before it; signals and the log after it."""
-
-    def __init__(self, cfg, recipe_steps, accelerator, stop):
-        self.cfg, self.recipe_steps, self.accelerator = cfg, recipe_steps, accelerator
-        self.stop, self.signum, self.seconds = stop, 0, 0.0
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.first, self.folder = state.is_world_process_zero, Path(args.output_dir)
-        if self.first:
-            with runtime.disk_errors(self.folder):
-                self.write = runtime.open_log(self.folder / "log.csv", COLUMNS, state.global_step)
-        self.bar = runtime.progress_bar(state.max_steps, state.global_step, shown=self.first)
-        self.say = say if self.bar.disable else self.bar.write
-        self.tokens, self.clock = state.num_input_tokens_seen, time.perf_counter()
-
-    def on_step_begin(self, args, state, control, optimizer, **kwargs):
-        self.rate = learning_rate(state.global_step, self.cfg, self.recipe_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = self.rate
-        place = np.random.SeedSequence((self.cfg.seed, state.global_step, args.process_index))
-        torch.manual_seed(int(place.generate_state(1)[0]))  # dropout: a function of the place
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.seconds += time.perf_counter() - self.clock
-        self.clock = time.perf_counter()
-        seen = self.accelerator.gather(torch.tensor([self.stop.signum], device=args.device))
-        self.signum = int(seen.max())  # a signal to one process stops all, after the same update
-        if self.signum:
-            control.should_save = control.should_training_stop = True
-            control.should_evaluate = False
-        control.should_log |= control.should_evaluate or control.should_training_stop
-        self.bar.update()
-
-    def on_log(self, args, state, control, logs, **kwargs):
-        if not self.first or "loss" not in logs:  # the Trainer's summary at the end has none
-            return
-        speed = (state.num_input_tokens_seen - self.tokens) / self.seconds
-        self.tokens, self.seconds = state.num_input_tokens_seen, 0.0
-        self.row = {"iter": state.global_step, "tokens": self.tokens, "lr": self.rate,
-                    "loss": logs["loss"], "grad_norm": logs["grad_norm"],
-                    "tokens_per_s": round(speed)}  # fmt: skip
-        self.bar.set_postfix_str(f"loss {logs['loss']:.3f}, {speed:,.0f} tokens/s")
-        if self.bar.disable:
-            say(f"step {state.global_step}/{state.max_steps}: loss {logs['loss']:.4f}, "
-                f"lr {self.rate:.2e}, {speed:,.0f} tokens/s")  # fmt: skip
-        if not control.should_evaluate:  # else the row waits for on_evaluate
-            with runtime.disk_errors(self.folder):
-                self.write(self.row)
-
-    def on_evaluate(self, args, state, control, metrics, **kwargs):
-        if self.first:
-            with runtime.disk_errors(self.folder):
-                self.write({**self.row, **{k: v for k, v in metrics.items() if k in COLUMNS}})
-                runtime.plot_log(self.folder / "log.csv", self.folder / "loss.png")
-            self.say(f"step {state.global_step}: " + "; ".join(
-                f"{name} loss {metrics[f'{name}_loss']:.4f}, perplexity "
-                f"{math.exp(min(metrics[f'{name}_loss'], 700)):.2f}, masked accuracy "
-                f"{metrics[f'{name}_accuracy']:.1%}"
-                for name in ("train", "val") if f"{name}_loss" in metrics))  # fmt: skip
-        self.clock = time.perf_counter()
-
-    def on_save(self, args, state, control, **kwargs):
-        self.clock = time.perf_counter()
+        folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step:06}")
+        runtime.save_checkpoint(self.accelerator, folder, write, self.keep)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -421,171 +461,235 @@ class Diary(transformers.TrainerCallback):
 
 
 def fill_mask(text, folder):
-    """Print the five likeliest tokens for each <mask> of `text`, by the model in `folder`."""
-    only_here = {"local_files_only": True, "trust_remote_code": False}
+    """Print the five likeliest tokens for each <mask> of `text`, by the model in `folder`.
+    Returns what transformers' pipeline does, in a list for each mask."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **only_here)
-        model = AutoModelForMaskedLM.from_pretrained(folder, **only_here).eval()
+        fill = transformers.pipeline("fill-mask", model=str(folder), top_k=5,
+                                     model_kwargs={"use_safetensors": True})
     except Exception as error:  # OSError, ValueError, RuntimeError, KeyError, SafetensorError ...
-        fail(f"{folder} holds no masked language model that can be read: {error}")
-    inputs = tokenizer(text, return_tensors="pt")
-    at = (inputs["input_ids"][0] == tokenizer.mask_token_id).nonzero().flatten().tolist()
-    if not at or inputs["input_ids"].shape[1] > tokenizer.model_max_length:
-        fail(f"--fill_mask {text[:50]!r} must hold {tokenizer.mask_token} and at most "
-             f"{tokenizer.model_max_length} tokens", 2)  # fmt: skip
-    with torch.no_grad():
-        scores = model(**inputs).logits[0, at].float().softmax(-1)  # (masks, V)
-    say(text)
-    scores, tokens = scores.topk(min(5, scores.shape[1]))
-    for number in range(len(at)):
-        if len(at) > 1:
-            say(f"mask {number + 1}:")
-        for score, token in zip(scores[number].tolist(), tokens[number].tolist(), strict=True):
-            say(f"  {score:.4f}  {tokenizer.decode([token])!r}")
+        raise UserError(f"{folder} holds no masked language model that can be read: "
+                        f"{first_line(error)}") from error
+    tokenizer = fill.tokenizer
+    ids = tokenizer(text).input_ids
+    if tokenizer.mask_token_id not in ids or len(ids) > tokenizer.model_max_length:
+        raise UserError(f"--fill_mask {text[:50]!r} must hold {tokenizer.mask_token} and at most "
+                        f"{tokenizer.model_max_length} tokens", 2)
+    answers = fill(text)
+    answers = answers if isinstance(answers[0], list) else [answers]
+    print0(text)
+    for number, candidates in enumerate(answers, 1):
+        if len(answers) > 1:
+            print0(f"mask {number}:")
+        for each in candidates:
+            print0(f"  {each['score']:.4f}  {each['token_str']!r}")
+    return answers
+
+
+def finished_model(out_dir):
+    """The folder whose model --fill_mask asks: out_dir, or its newest checkpoint."""
+    finished = [out_dir] if (out_dir / "model.safetensors").exists() else []
+    if found := finished + runtime.checkpoints(out_dir):
+        return found[0]
+    others = sorted(str(p.parent) for p in out_dir.parent.glob("*/model.safetensors"))
+    remedy = f"--out_dir={' or --out_dir='.join(others)} does" if others else "train it first"
+    raise UserError(f"--fill_mask asks a finished run, and {out_dir} holds none; {remedy}")
 
 
 def check(cfg):
-    """Exit with code 2 unless the numbers of `cfg` make sense together."""
-    at_least(cfg, 1, "n_layer", "n_head", "n_embd", "batch_size", "gradient_accumulation_steps",
-             "log_steps", "eval_steps", "save_steps", "save_total_limit")  # fmt: skip
-    at_least(cfg, 0, "max_steps", "warmup_steps", "weight_decay", "learning_rate", "seed",
-             "dropout", "val_fraction", "mlm_probability", "max_epochs", "grad_clip")  # fmt: skip
-    at_least(cfg, 3, "block_size")  # <s>, a token, </s>
-    at_least(cfg, 261, "vocab_size")  # 256 bytes and 5 special tokens
-    for name in ("dropout", "val_fraction", "mlm_probability"):
-        if getattr(cfg, name) >= 1:
-            fail(f"--{name} must be below 1, not {getattr(cfg, name)}", 2)
-    for name in ("max_epochs", "mlm_probability", "grad_clip"):
-        if not getattr(cfg, name):
-            fail(f"--{name} must be above 0", 2)
-    if cfg.block_size + 2 > cfg.max_position_embeddings:
-        fail(f"--block_size {cfg.block_size} needs --max_position_embeddings {cfg.block_size + 2} "
-             f"or more, not {cfg.max_position_embeddings}", 2)  # fmt: skip
+    """Raise UserError (code 2) unless the settings make sense together."""
+    check_range(cfg, 1, "n_layer", "n_head", "n_embd", "batch_size", "gradient_accumulation_steps",
+                "log_interval", "keep_checkpoints")
+    check_range(cfg, 0, "max_iters", "warmup_iters", "weight_decay", "learning_rate", "init_std",
+                "eval_interval", "save_interval")
+    check_range(cfg, 0, "dropout", "val_fraction", high=0.99)
+    check_range(cfg, 0.01, "mlm_probability", high=0.99)
+    check_range(cfg, 1e-9, "max_epochs", "grad_clip")
+    check_range(cfg, 0, "seed", high=2**32 - 1)  # numpy's limit
+    check_range(cfg, 3, "block_size")  # <s>, a token, </s>
+    check_range(cfg, 261, "vocab_size")  # 256 bytes and 5 special tokens
     if cfg.n_embd % cfg.n_head:
-        fail(f"--n_embd {cfg.n_embd} is no multiple of --n_head {cfg.n_head}", 2)
+        raise UserError(f"--n_embd {cfg.n_embd} is no multiple of --n_head {cfg.n_head}", 2)
 
 
-def choose_start(cfg):
-    """Apply --resume and --overwrite to out_dir; the checkpoint to start from (str), or None."""
-    out_dir, found = Path(cfg.out_dir), runtime.start_run(cfg.out_dir, cfg.resume, cfg.overwrite)
-    for checkpoint in found:
-        if not (wrong := runtime.damage(checkpoint)):
-            old = json.loads((checkpoint / "run.json").read_text(encoding="utf-8"))
-            for name in FIXED:
-                if old[name] != (new := getattr(cfg, name)):
-                    fail(f"--{name} is {new} but {checkpoint} was trained with {old[name]}; "
-                         "resume with that, or start again with --overwrite=True")  # fmt: skip
-            return str(checkpoint)
-        say(f"warning: {checkpoint}: {wrong}; trying the one before")
-    if found:
-        fail(f"no checkpoint in {out_dir} is whole; start again with --overwrite=True")
-    for name in ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"):
-        (out_dir / name).unlink(missing_ok=True)  # of the run before
-    return None
+def find_start(cfg):
+    """Returns (settings, checkpoint or None, its run.json): a resumed run's settings come from its
+    checkpoint, and what is given now wins. Deletes nothing."""
+    out_dir = Path(cfg.out_dir)
+    there = [name for name in MODEL_FILES if (out_dir / name).exists()]
+    if there and not (out_dir / "run.json").exists():
+        raise UserError(f"{out_dir} holds {there[0]}, which no run of this script has written; "
+                        "choose another --out_dir")
+    if there and not (cfg.resume or cfg.overwrite):
+        raise UserError(f"{out_dir} holds a finished run; start again with --overwrite")
+    start, saved = runtime.find_run(out_dir, cfg.resume, cfg.overwrite)
+    if start:
+        given = getattr(cfg, "given", None) or set(changed(cfg))
+        given = {"out_dir", "resume", "overwrite", "tokenizer", *given} & set(asdict(cfg))
+        given |= {"max_iters"} if "max_epochs" in given else set()  # the old end is not meant then
+        old = load(Config, [f"--{f.name}={saved[f.name]}" for f in fields(Config)
+                            if f.name in saved and f.name not in given])
+        cfg = replace(old, **{name: getattr(cfg, name) for name in given})
+    check(cfg)
+    return cfg, start, saved
 
 
-def run(cfg, accelerator, lines, stop):
-    """Train on `lines` in cfg.out_dir, which is locked, and fill in a first mask."""
+def make_datasets(cfg, lines, tokenizer, per_iteration):
+    """Returns (training set, evaluation set or None, iterations of the schedule)."""
+    n_val = max(1, int(len(lines) * cfg.val_fraction)) if cfg.val_fraction and lines[1:] else 0
+    halves = lines[: len(lines) - n_val], lines[len(lines) - n_val :]
+    train, val = (encode(x, tokenizer, cfg.block_size, cfg.packing) for x in halves)
+    if not train:
+        raise UserError(f"--source {cfg.source} holds nothing that the tokenizer can encode")
+    iterations = math.ceil(len(train) * cfg.max_epochs / per_iteration)
+    if cfg.max_iters > iterations:
+        epochs = math.ceil(100 * cfg.max_iters * per_iteration / len(train)) / 100
+        raise UserError(f"--max_iters {cfg.max_iters} is beyond the {iterations} iterations of "
+                        f"--max_epochs {cfg.max_epochs:g}; give --max_epochs {epochs:g}", 2)
+    val_set = MaskedDataset(val, tokenizer, cfg.seed, EVAL_PROBABILITY)
+    train_set = MaskedDataset(train, tokenizer, cfg.seed, cfg.mlm_probability,
+                              length=iterations * per_iteration)
+    return train_set, val_set if val else None, iterations
+
+
+def training_arguments(cfg, accelerator, iterations, evaluates):
+    """What the Trainer needs no code for."""
+    device = accelerator.device.type
+    args = transformers.TrainingArguments(
+        output_dir=cfg.out_dir, seed=cfg.seed, report_to="none",
+        # the accelerator that main() made, and its precision
+        accelerator_config={"use_configured_state": True}, use_cpu=device == "cpu",
+        bf16=accelerator.mixed_precision == "bf16", fp16=accelerator.mixed_precision == "fp16",
+        # MaskedDataset has the order of the whole run: a resume only skips what was seen
+        max_steps=iterations, train_sampling_strategy="sequential", remove_unused_columns=False,
+        per_device_train_batch_size=cfg.batch_size, per_device_eval_batch_size=cfg.batch_size,
+        gradient_accumulation_steps=cfg.gradient_accumulation_steps,
+        learning_rate=cfg.learning_rate, lr_scheduler_type="linear", warmup_steps=cfg.warmup_iters,
+        weight_decay=cfg.weight_decay, max_grad_norm=cfg.grad_clip,
+        logging_steps=cfg.log_interval, logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="non_padding",
+        eval_strategy="steps" if evaluates else "no", eval_steps=cfg.eval_interval or iterations,
+        save_strategy="steps" if cfg.save_interval else "no", save_steps=cfg.save_interval or 1,
+        ddp_find_unused_parameters=False, dataloader_pin_memory=device == "cuda",
+        disable_tqdm=True, log_level="error")
+    # One process a GPU: no public argument keeps the Trainer from nn.DataParallel on several.
+    args._n_gpu = min(args.n_gpu, 1)
+    return args
+
+
+def export(checkpoint, out_dir):
+    """Copy model and tokenizer of a checkpoint into out_dir, each file whole or not at all."""
+    with runtime.disk_errors(out_dir):
+        for name in MODEL_FILES:
+            if (checkpoint / name).exists():
+                shutil.copyfile(checkpoint / name, out_dir / f".tmp-{name}")
+                (out_dir / f".tmp-{name}").replace(out_dir / name)
+
+
+def train(cfg, accelerator, lines, stop, start, saved):
+    """Train on `lines` in cfg.out_dir, which is locked, and fill in a first mask. Returns the
+    Trainer, with .model, .processing_class (the tokenizer) and .state.log_history."""
     out_dir, first = Path(cfg.out_dir), accelerator.is_main_process
 
-    # ---- where to start, tokenizer: the first process acts, the others wait for it
-    tokenizer, start = cfg.tokenizer and open_tokenizer(cfg.tokenizer, cfg), [None]
-    if first:
-        with runtime.disk_errors(out_dir):
-            start = [choose_start(cfg)]
-            (out_dir / "run.json").write_text(json.dumps(asdict(cfg), indent=2) + "\n")
-            if not start[0] and not tokenizer:
-                train_tokenizer(lines, cfg.vocab_size, out_dir)
-    start = broadcast_object_list(start)[0]
-    if start or not tokenizer:
-        tokenizer = open_tokenizer(start or out_dir, cfg)
+    # ---- tokenizer, data, model
+    if cfg.tokenizer or start:
+        tokenizer = open_tokenizer(cfg.tokenizer or start)
+    else:
+        tokenizer = make_tokenizer(*runtime.first_process_calls(
+            accelerator, train_tokenizer, lines, cfg.vocab_size))
+    # RoBERTa's positions start behind the padding's id.
+    tokenizer.model_max_length = cfg.max_position_embeddings - tokenizer.pad_token_id - 1
+    if cfg.block_size > tokenizer.model_max_length:
+        raise UserError(f"--block_size {cfg.block_size} needs --max_position_embeddings "
+                        f"{cfg.block_size + tokenizer.pad_token_id + 1} or more", 2)
+    per_iteration = cfg.batch_size * cfg.gradient_accumulation_steps * accelerator.num_processes
+    train_set, val_set, iterations = make_datasets(cfg, lines, tokenizer, per_iteration)
+    model = make_model(cfg, tokenizer)
 
-    # ---- examples, model
-    n_val = max(1, int(len(lines) * cfg.val_fraction)) if cfg.val_fraction and lines[1:] else 0
-    train_set, val_set = (
-        Masked(encode(some, tokenizer, cfg.block_size, cfg.packing), tokenizer, cfg)
-        for some in (lines[: len(lines) - n_val], lines[len(lines) - n_val :]))  # fmt: skip
-    per_update = cfg.batch_size * cfg.gradient_accumulation_steps * accelerator.num_processes
-    if not len(train_set):
-        fail(f"--source {cfg.source} holds nothing that --tokenizer {cfg.tokenizer} can encode")
-    recipe_steps = math.ceil(len(train_set) * cfg.max_epochs / per_update)
-    steps = cfg.max_steps or recipe_steps
-    torch.manual_seed(cfg.seed)
-    special = tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id
-    model = make_model(cfg, len(tokenizer), special)
-    say("configuration:", ", ".join(f"{k}={v!r}" for k, v in changed(cfg).items()) or "defaults")
-    device = accelerator.device
-    say(f"{device.type} x {accelerator.num_processes}, precision {accelerator.mixed_precision}; "
-        f"{model.num_parameters():,} parameters, vocabulary {len(tokenizer):,}; {len(lines):,} "
-        f"lines: {len(train_set):,} examples to train on, {len(val_set):,} held out; "
-        f"{steps:,} steps of {per_update} examples")  # fmt: skip
-    if steps > recipe_steps:
-        say(f"--max_steps {steps} is more than the recipe's {recipe_steps}: beyond it the learning "
-            "rate stays where it ended; --max_epochs stretches the recipe instead")  # fmt: skip
+    # ---- where to start and where to end
+    done, last = int(start.name[11:]) if start else 0, cfg.max_iters or iterations
+    same = {name: getattr(cfg, name) for name in FIXED} | {"examples_per_iteration": per_iteration}
+    tokens = b",".join(ids.tobytes() for ids in train_set.examples)
+    same["tokens_sha256"] = hashlib.sha256(tokens).hexdigest()  # another tokenizer shows here
+    same["text_sha256"] = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    run = asdict(cfg) | same | {"machine": runtime.describe_machine(accelerator), "resumed": []}
+    if start:
+        runtime.check_same(start, saved, same)
+        run["resumed"] = [*saved.get("resumed", []), done]
+        if done >= last:
+            if first:
+                export(start, out_dir)  # where the run was killed before it got to this
+            raise UserError(f"{out_dir} is finished: {done} iterations are done, {last} are asked "
+                            "for; resume with a larger --max_epochs or --max_iters", 2)
+        if saved.get("max_epochs") != cfg.max_epochs:
+            print0(f"the schedule now ends at iteration {iterations:,}, and the learning rate "
+                   "goes on from there on its new line")
+    print0("configuration:", ", ".join(f"{k}={v!r}" for k, v in changed(cfg).items()) or "defaults")
+    print0(f"{accelerator.device.type} x {accelerator.num_processes}, precision "
+           f"{accelerator.mixed_precision}; {model.num_parameters():,} parameters, vocabulary "
+           f"{len(tokenizer):,}; {len(lines):,} lines: {len(train_set.examples):,} examples to "
+           f"train on, {len(val_set or ()):,} held out; {last:,} iterations of {per_iteration}")
 
-    # ---- training
-    args = transformers.TrainingArguments(
-        output_dir=str(out_dir), seed=cfg.seed, use_cpu=device.type == "cpu", report_to="none",
-        accelerator_config={"use_configured_state": True},  # the one made above
-        bf16=accelerator.mixed_precision == "bf16", fp16=accelerator.mixed_precision == "fp16",
-        per_device_train_batch_size=cfg.batch_size, max_steps=steps,
-        gradient_accumulation_steps=cfg.gradient_accumulation_steps,
-        lr_scheduler_type="constant", weight_decay=cfg.weight_decay,  # the rate: see Diary
-        max_grad_norm=cfg.grad_clip, logging_steps=cfg.log_steps, logging_nan_inf_filter=False,
-        eval_strategy="steps", eval_steps=cfg.eval_steps, save_steps=cfg.save_steps,
-        include_num_input_tokens_seen="non_padding", remove_unused_columns=False,
-        ddp_find_unused_parameters=False, dataloader_pin_memory=device.type == "cuda",
-        disable_tqdm=True, log_level="error")  # fmt: skip
-    args._n_gpu = min(args.n_gpu, 1)  # a process a GPU: no DataParallel behind one's back
-    diary = Diary(cfg, recipe_steps, accelerator, stop)
+    # ---- the Trainer
+    updates = UpdateCallback(cfg.seed, done, last, accelerator, stop)
+    muon = None  # then the Trainer makes its AdamW
+    if cfg.optimizer == "muon":
+        muon = MuonAdamW(model, cfg.learning_rate, cfg.weight_decay)
     trainer = Trainer(
-        cfg, steps * per_update, model=model, args=args, callbacks=[diary],
-        train_dataset=train_set, eval_dataset=val_set, processing_class=tokenizer,
-        data_collator=lambda pairs: collate(pairs, tokenizer.pad_token_id))  # fmt: skip
+        run, cfg.keep_checkpoints, model=model, optimizers=(muon, None),
+        args=training_arguments(cfg, accelerator, iterations, bool(val_set)),
+        callbacks=[updates, LogCallback(last, run["resumed"])], processing_class=tokenizer,
+        train_dataset=train_set, eval_dataset=val_set, compute_metrics=compute_metrics,
+        data_collator=partial(collate, pad_id=tokenizer.pad_token_id),
+        preprocess_logits_for_metrics=example_statistics)
     trainer.remove_callback(transformers.PrinterCallback)
-    trainer.train(resume_from_checkpoint=start)
-    if diary.signum:
-        say(f"saved at step {trainer.state.global_step}; go on with --resume=True")
-        raise SystemExit(128 + diary.signum)
-
-    # ---- the finished model becomes out_dir's own, file by file, and answers a first question
     with runtime.disk_errors(out_dir):
-        trainer.save_model(str(out_dir / ".tmp-final"))
+        if first and cfg.overwrite:
+            runtime.clear_run(out_dir, *MODEL_FILES)
         if first:
-            tokenizer.backend_tokenizer.model.save(str(out_dir / ".tmp-final"))  # vocab, merges
-            (out_dir / ".tmp-final/training_args.bin").unlink()
-            for path in (out_dir / ".tmp-final").iterdir():
-                path.replace(out_dir / path.name)
-            (out_dir / ".tmp-final").rmdir()
+            runtime.write_text(out_dir / "run.json", json.dumps(run, indent=2) + "\n")
+    accelerator.wait_for_everyone()
+    try:
+        if start:  # the Trainer would only warn of missing weights
+            with safe_open(start / "model.safetensors", "pt") as weights:
+                if set(weights.keys()) != {name for name, _ in model.named_parameters()}:
+                    raise ValueError("model.safetensors belongs to another model")
+        trainer.train(resume_from_checkpoint=start and str(start))
+    except Exception as error:  # while it loads: right checksums say nothing of the contents
+        if updates.begun or not start:
+            raise
+        raise UserError(f"{start} cannot be loaded: {first_line(error)[:150]}; start a new "
+                        "--out_dir") from error
+    if updates.signum:
+        stop.exit(updates.signum, out_dir, runtime.resume_command(out_dir))
+
+    # ---- the finished model becomes out_dir's own and answers a first question
     if first:
+        export(runtime.checkpoints(out_dir)[0], out_dir)
         fill_mask(f"Human thinking involves human {tokenizer.mask_token}.", out_dir)
     accelerator.wait_for_everyone()
+    return trainer
 
 
 def main(cfg):
-    """Train as `cfg` says; or, with cfg.fill_mask, ask the run that is there."""
-    check(cfg)
+    """Train as `cfg` says; or, with cfg.fill_mask, ask a run that is there."""
     transformers.logging.disable_progress_bar()
     if cfg.fill_mask:
-        finished = (Path(cfg.out_dir) / "model.safetensors").exists()
-        found = [cfg.out_dir] if finished else runtime.checkpoints(cfg.out_dir)
-        if not found:
-            fail(f"--fill_mask asks a finished run, and {cfg.out_dir} holds none; train it first: "
-                 "the same command without --fill_mask")  # fmt: skip
-        return fill_mask(cfg.fill_mask, found[0])
+        return fill_mask(cfg.fill_mask, finished_model(Path(cfg.out_dir)))
+    cfg, start, saved = find_start(cfg)
     accelerator = runtime.make_accelerator(cfg.mixed_precision)
     raw_dir = Path(cfg.data_dir, cfg.source if cfg.source in prepare.PRESETS else "roberta")
     with accelerator.main_process_first():  # it downloads, the others find the file
         lines = list(read_lines(prepare.source_files(cfg.source, raw_dir)))
+    cfg = replace(cfg, source=prepare.hide_secrets(cfg.source))  # it is printed and saved
     if not lines:
-        fail(f"--source {cfg.source} holds no text: every line is blank")
+        raise UserError(f"--source {cfg.source}: every line is blank")
     with contextlib.ExitStack() as at_the_end:
         if accelerator.is_main_process:
             at_the_end.callback(runtime.lock_folder(cfg.out_dir).release)
         stop = runtime.StopSignal()
         at_the_end.callback(stop.release)
-        run(cfg, accelerator, lines, stop)
+        return train(cfg, accelerator, lines, stop, start, saved)
 
 
 if __name__ == "__main__":
-    main(CFG)
+    runtime.run_script(main, CFG)

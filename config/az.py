@@ -9,14 +9,24 @@ n_head = 12
 n_embd = 768
 dropout = 0.1
 
+# GPT-2's shape
+bias = True
+qkv_bias = True
+tie_weights = True
+rope_theta = None
+rms_norm = False
+swiglu = False
+qk_norm = False
+norm_eps = 1e-5
+
 batch_size = 12
 gradient_accumulation_steps = 4  # 24,576 tokens an iteration
 max_iters = 5000
 optimizer = "adamw"
 learning_rate = 6e-4
 min_lr = 6e-5
+schedule = "cosine"
 warmup_iters = 100
-grad_clip = 1.0
 mixed_precision = "fp16"  # on a card with fast bf16, "auto" is the better choice
 
 eval_interval = 500

@@ -2,21 +2,17 @@
 #     python prepare.py --dataset=char --source=input.txt --tokenizer=char
 #     python train.py config/char.py
 # On 1.1 MB of Python code, 2 cores: val loss 1.37 in 29 s; nanoGPT's loop (AdamW, 2,000 iterations)
-# takes 89 s to 1.42, see `bench.py char`.
+# takes 89 s to 1.42, see `python -m bench char`.
 dataset = "char"
 
 block_size = 64
 n_layer = 4
 n_head = 4
 n_embd = 128
-bias = False
 
 batch_size = 12
 max_iters = 600
-optimizer = "muon"
-learning_rate = 1e-2
 warmup_iters = 20
-grad_clip = 1.0
 
 eval_interval = 0  # only at the end
 eval_iters = 150

@@ -4,7 +4,6 @@ dataset = "shakespeare"  # any data set made with the gpt2 tokenizer
 out_dir = "out/finetune_gpt2"
 init_from = "gpt2"
 
-block_size = 256
 dropout = 0.1
 batch_size = 4
 gradient_accumulation_steps = 8  # 8,192 tokens an iteration
@@ -12,8 +11,8 @@ max_iters = 100
 optimizer = "adamw"
 learning_rate = 3e-5
 min_lr = 3e-6
+schedule = "cosine"
 warmup_iters = 10
 
 eval_interval = 20
-eval_iters = 10
 sample_start = "ROMEO:"

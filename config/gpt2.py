@@ -12,12 +12,23 @@ n_layer = 12
 n_head = 12
 n_embd = 768
 
+# GPT-2's shape
+bias = True
+qkv_bias = True
+tie_weights = True
+rope_theta = None
+rms_norm = False
+swiglu = False
+qk_norm = False
+norm_eps = 1e-5
+
 batch_size = 32
 gradient_accumulation_steps = 2  # x 8 processes x 32 x 1,024 = 524,288 tokens an iteration
 max_iters = 19_073  # 10 billion tokens
 optimizer = "adamw"
 learning_rate = 6e-4
 min_lr = 6e-5
+schedule = "cosine"
 warmup_iters = 700
 compile = True
 

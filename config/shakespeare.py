@@ -2,13 +2,11 @@
 # The text was not at hand where this was written: no loss to expect is given.
 dataset = "shakespeare"
 
-block_size = 256
 n_layer = 4
 n_head = 4
 n_embd = 256
 dropout = 0.1
 
-batch_size = 8
 max_iters = 600  # 4 passes over 302 thousand tokens
 eval_interval = 100
 sample_start = "ROMEO:"

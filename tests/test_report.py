@@ -6,131 +6,183 @@ import math
 import re
 import shutil
 import subprocess
+import warnings
 from pathlib import Path
 
+import matplotlib.image
 import pytest
 import torch
+from torch.nn import functional as F
 
 import prepare
 import report
 import runtime
 import train
+from model import GPT, GPTConfig
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 NASTY = '<script src="https://example.com/x.js">&"\'</script>'
+TINY = dict(vocab_size=61, block_size=9, n_layer=3, n_head=6, n_embd=24)
+LLAMA = dict(rope_theta=10_000.0, rms_norm=True, swiglu=True, bias=False, n_kv_head=2, head_dim=10)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two tiny runs, out/a and out/b<i>, of text full of markup; the folder they lie in."""
+    """Two tiny runs, out/a and out/b<i>$, of text full of markup; the folder they lie in."""
     folder = tmp_path_factory.mktemp("report")
     text = Path(json.__file__).read_text("utf-8") + NASTY * 100
     (folder / "text.txt").write_text(text, encoding="utf-8")
-    source, data = str(folder / "text.txt"), str(folder / "data")
-    prepare.main(prepare.Config("tiny", source=source, tokenizer="char", data_dir=data))
-    for name, seed in (("a", 1), ("b<i>", 2)):
+    data = str(folder / "data")
+    prepare.main(prepare.Config(dataset="tiny", source=[str(folder / "text.txt")], tokenizer="char",
+                                data_dir=data))
+    for name, block_size in (("a", 32), ("b<i>$x$", 1)):
         train.main(train.Config(
-            dataset="tiny", data_dir=data, out_dir=str(folder / "out" / name), seed=seed,
-            block_size=32, n_layer=2, n_head=2, n_embd=32, batch_size=4, max_iters=12,
-            warmup_iters=2, eval_interval=4, eval_iters=1, log_interval=1, sample_tokens=20,
-            sample_start=NASTY[:8], mixed_precision="no"))  # fmt: skip
+            dataset="tiny", data_dir=data, out_dir=str(folder / "out" / name), n_layer=2, n_head=2,
+            n_embd=32, block_size=block_size, batch_size=4, max_iters=11, warmup_iters=2,
+            eval_interval=4, eval_iters=1, log_interval=1, sample_tokens=20,
+            sample_start=NASTY[:8], mixed_precision="no"))
     return folder
 
 
 @pytest.fixture(scope="module")
 def page(folder):
-    """The page of out/a beside out/b<i>."""
-    cfg = report.Config(run=str(folder / "out/a"), compare=str(folder / "out/b<i>"), tokens=30)
-    return report.main(cfg).read_text("utf-8")
+    """The page of out/a beside out/b<i>$, whose block_size is 1."""
+    cfg = report.Config(out_dir=str(folder / "out/a"), compare=(str(folder / "out/b<i>$x$"),),
+                        tokens=30)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return report.main(cfg).read_text("utf-8")
 
 
 def test_nothing_from_outside(page):
-    """The page asks another machine for a script, a font or a picture, or runs a script."""
-    ours = " ".join(re.findall(r"(?s)<style.*?</style>|<[^>]+>", page))  # all but text ...
-    assert "//" not in re.sub(r'title="[^"]*"', "", ours)  # ... and what hovers
-    assert not re.search(r"(?i)<(script|link|img|iframe|object)|@import|url\(", page)
-    assert not re.search(r"""(?i)\s(on\w+|src|href)\s*=\s*["']""", page)
-
-
-def test_text_is_escaped(page, folder):
-    """A run's text was taken for markup."""
+    """The page asks another machine for a script, a font or a picture, or runs a script; a run's
+    text was taken for markup, or the $ of a name for mathematics."""
+    tags = " ".join(re.findall(r"(?s)<style.*?</style>|<[^>]+>", page))  # all but text
+    tags = re.sub(r'title="[^"]*"|xmlns(:xlink)?="[^"]*"', "", tags)  # what hovers; names of SVG
+    assert "//" not in re.sub(r'"data:image/png;base64,[^"]*"', "", tags)
+    assert not re.search(r"(?i)<(script|link|iframe|object)|@import|url\((?!#)|\son\w+=", tags)
     assert NASTY[:8] not in page and html.escape(NASTY[:8]) in page
-    assert "b<i>" not in page and "b&lt;i&gt;" in page
+    assert "b<i>" not in page and "b&lt;i&gt;$x$: best" in page
 
 
-def test_curves_are_the_log(page, folder):
-    """A curve lost points, or draws another column."""
-    for run, label in (("a", "a: "), ("b<i>", "b&lt;i&gt;: ")):
-        rows = runtime.read_log(folder / "out" / run / "log.csv")
-        for name, column in (("each logged iteration", "loss"), ("validation", "val_loss"),
-                             ("learning rate", "lr"), ("gradient norm", "grad_norm"),
-                             ("throughput", "tokens_per_s")):  # fmt: skip
-            drawn = re.search(f'data-curve="[^"]*{label}{name}" points="([^"]*)"', page)[1].split()
-            logged = [r[column] for r in rows if r[column] is not None]
-            assert len(drawn) == len(logged) > 3, (run, column)
-            heights = [-float(p.split(",")[1]) for p in drawn]
-            order = sorted(range(len(logged)), key=lambda i: logged[i])
-            assert all(heights[i] <= heights[j] for i, j in zip(order, order[1:], strict=False))
+def test_secrets_of_urls_stay_out():
+    """A password or a token of a URL can be read in a page that is passed on."""
+    command = "--source=https://me:pa@ss@host.org/x.txt?token=1#z --b"
+    shown = report.table({"x": {"a": command}}, ["a"])
+    assert "https://host.org/x.txt --b" in shown and not re.search("me|pa|ss@|token|#z", shown)
 
 
-def test_log_scale_and_holes():
-    """Values that a logarithm or a pixel cannot take ended the report."""
-    points = [(0, None), (1, math.nan), (2, math.inf), (3, 0.0), (4, 1.0), (5, 100.0)]
-    drawn = report.chart("x", [("y", "a", points)], log_scale=True)
-    assert 'points="46.0,200.0 450.0,14.0"' in drawn and ">10</text>" in drawn
-    assert "nothing was logged" in report.chart("x", [("y", "a", points[:3])])
-    assert report.chart("x", [("y", "a", [(7, 3.0)])]).count("<circle") == 1
-    assert "nan" not in report.chart("x", [("y", "a", [(0, 0.0), (1, 0.0)])])
+def test_curves_are_the_log(folder):
+    """A curve lost points, draws another column, or stars another point than the minimum."""
+    rows = runtime.read_log(folder / "out/a/log.csv")
+    for column in report.CURVES:
+        axes = report.plot_curve({"a": rows}, column, resumed=[3]).axes[0]
+        assert axes.get_xlabel() == "iteration" and ("log" in axes.get_ylabel()) == (
+            axes.get_yscale() == "log")
+        assert list(axes.lines[-1].get_xdata()) == [3, 3]
+        for name, line in zip((column, "train_loss", "val_loss"), axes.lines[:-1], strict=False):
+            points = [(r["iter"], r[name]) for r in rows if r[name] is not None]
+            assert len(points) > 3 and line.get_xydata().tolist() == [list(p) for p in points]
+    star = report.plot_curve({"a": rows}).axes[0].lines[3].get_ydata()
+    assert star == min(r["val_loss"] for r in rows if r["val_loss"])
+
+
+def test_values_that_cannot_be_drawn():
+    """A NaN, an infinity, a zero on a log axis, a single point or an empty log ends the report."""
+    values = (None, math.nan, math.inf, 0.0, 1.0, 50.0)
+    rows = [{"iter": i, "loss": v, "grad_norm": v, "val_loss": v} for i, v in enumerate(values)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for log in (rows, rows[:2], rows[4:5], rows[3:4], []):
+            for column in ("loss", "grad_norm"):
+                assert "<svg" in report.svg(report.plot_curve({"x": log}, column))
+
+
+@pytest.mark.parametrize("last, train_loss, words", [
+    (1.01, 0.5, ""), (1.5, 0.5, "overfits since iteration 180: val loss 1.000 then, 1.500"),
+    (1.5, 1.4, "gets worse since iteration 180"), (math.nan, 1.0, "gets worse"), (None, None, "")])
+def test_overfitting_is_said(last, train_loss, words):
+    """A run whose validation loss rose gets no word, or a diverged one the wrong word."""
+    info = {"val_loss": last, "train_loss": train_loss, "best_val_loss": 1.0, "best_iter": 180}
+    said = report.overfitting(info)
+    assert said.startswith(words) and bool(said) == bool(words)
 
 
 def test_probabilities_are_the_softmax(folder):
-    """A token is shown with another token's probability, or one at another temperature."""
+    """A token is shown with another token's probability, at another temperature, or as markup."""
     run = report.open_run(folder / "out/a")
-    text, ids = report.coloured(run, report.Config(tokens=32))
-    shown = [float(p) for p in re.findall(r'data-p="([\d.]+)"', text)]
-    logits = run["model"](torch.tensor([ids]))[0][0]
-    expected = logits.softmax(-1)[torch.arange(31), torch.tensor(ids[1:])]
-    assert len(ids) == 32 and torch.allclose(torch.tensor(shown), expected, atol=2e-6)
-    plain = html.unescape(re.sub(r"<[^>]*>", "", text))
-    assert plain == run["tokenizer"].decode(ids)
+    text, ids = report.coloured(run, report.Config(tokens=99, start="a<i>&"))
+    shown = torch.tensor([float(p) for p in re.findall(r'data-p="([\d.]+)"', text)])
+    expected = run["model"](ids[None, :-1])[0][0].softmax(-1)[torch.arange(32), ids[1:]]
+    assert len(ids) == 33 and torch.allclose(shown, expected, atol=2e-6)
+    assert html.unescape(re.sub(r"<[^>]*>", "", text)) == run["tokenizer"].decode(ids)
 
 
-def test_attention_is_the_models(folder):
-    """The heat map is of another head, looks into the future, or its rows do not sum to 1."""
-    run = report.open_run(folder / "out/a")
-    model, ids = run["model"], run["tokenizer"].encode('"""JSON decoder')
-    block, outputs = model.transformer.h[1].attn, []
-    block.register_forward_hook(lambda module, x, y: outputs.extend((x[0], y)))
-    weights = [report.attention(model, ids, 1, head) for head in range(2)]
-    for w in weights:
-        assert torch.allclose(w.sum(-1), torch.ones(len(ids)), atol=1e-6)
-        assert not w.triu(1).any()
-    v = block.c_attn(outputs[0])[0, :, 64:].view(len(ids), 2, 16)  # (T, nh, hs)
-    heads = torch.cat([w @ v[:, i] for i, w in enumerate(weights)], dim=-1)
-    assert torch.allclose(block.c_proj(heads), outputs[1][0], atol=1e-5)
-    drawn = report.heat_map(weights[0], report.pieces(run["tokenizer"], ids))
-    cells = [float(w) for w in re.findall(r'data-w="([\d.]+)"', drawn)]
-    assert len(cells) == len(ids) * (len(ids) + 1) // 2
-    assert sum(cells) == pytest.approx(len(ids), abs=1e-3)
+@pytest.mark.parametrize("family", [{}, LLAMA, LLAMA | {"qk_norm": True}],
+                         ids=["gpt2", "llama", "qwen3"])
+def test_attention_is_the_models(family, monkeypatch):
+    """The weights are of another layer, miss the rotation or the norm, share keys wrongly, or look
+    into the future."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**TINY | family)).eval()
+    for p in model.parameters():  # the initial weights are too small to tell heads apart
+        p.data.normal_(std=0.5)
+    seen = []
+
+    def spy(q, k, v, **options):
+        y = F.scaled_dot_product_attention(q, k, v, **options)
+        seen.append((v, y))
+        return y
+
+    monkeypatch.setattr("model.scaled_dot_product_attention", spy)
+    ids = [5, 0, 60, 7, 7, 1, 33]
+    for layer in (0, 2, -1):
+        weights = report.attention(model, ids, layer)
+        v, y = seen[layer % 3 - 3]  # (1, nkv, T, hs), (1, nh, T, hs)
+        v = v[0].repeat_interleave(6 // v.size(1), dim=0)
+        assert weights.shape == (6, 7, 7) and not weights.triu(1).any()
+        assert torch.allclose(weights @ v, y[0], atol=1e-5)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    axes = report.plot_attention(weights, list("abc$d$e"), head=3).axes
+    pictures = [a.images[0].get_array() for a in axes if a.images]  # six small ones, a large one
+    assert len(pictures) == 7 and axes[-1].get_ylabel().startswith("weights of head 3")
+    for picture, w in zip(pictures, [*weights, weights[3]], strict=True):
+        assert picture.mask.sum() == 21 and torch.equal(torch.tensor(picture.filled(0)), w)
 
 
-def test_figures_and_machine(page, folder):
-    """The page shows other figures than the run reported."""
-    info = json.loads((folder / "out/a/checkpoint-000012/config.json").read_text("utf-8"))
-    assert f"<b>{info['val_loss']:.3f}</b>" in page
-    assert f"<b>{math.exp(info['val_loss']):,.1f}</b>" in page
-    assert torch.__version__ in page and html.escape(runtime.machine()["cpu"]) in page
-    assert page.count("<summary>iteration") == 4 and "iteration 12, validation loss" in page
+def test_facts_and_settings(page, folder):
+    """The page shows other figures than the run reported, or folds a setting that was given."""
+    info = runtime.read_run(folder / "out/a/checkpoint-000011")
+    opened, folded = page.split("Settings left at their defaults")
+    loss = f"{info['val_loss']:.3f}, perplexity {math.exp(info['val_loss']):.1f}"
+    given = '<tr class="differs"><td>block_size'
+    assert all(words in opened for words in (loss, given, "bits per byte", info["started"]))
+    assert "<td>optimizer" in folded and html.escape(info["machine"]["cpu"]) in folded
+    assert page.count("<summary>iteration") == 8 and "iteration 11, val loss" in page
+    assert page.count('<pre dir="auto">') == 10 and page.count("<svg") == 6
 
 
-def test_newest_run_and_wrong_ones(folder, fails, monkeypatch):
-    """The default run is another one; a wrong name ends in a traceback."""
+def test_newest_run_and_all_others(folder, fails, monkeypatch, capsys):
+    """The default is not the newest run, the table lacks one, or a wrong name ends in a traceback;
+    a run with best/ only, a damaged one or another script's stops the page."""
     monkeypatch.chdir(folder)
-    out = report.main(report.Config(out="newest.html"))
-    assert "<h1>out/b&lt;i&gt;</h1>" in out.read_text("utf-8")
-    fails(1, lambda: report.main(report.Config(run="nowhere")), "nowhere", "no checkpoint")
-    fails(2, lambda: report.main(report.Config(run="out/a", head=2)), "heads 0 to 1")
-    fails(1, lambda: report.main(report.Config(run="out/a", out="no/x.html")), "no")
+    (folder / "out/mrpc").mkdir()
+    (folder / "out/mrpc/run.json").write_text('{"script": "finetune_mrpc.py", "config": {}}')
+    (folder / "out/broken").mkdir()
+    (folder / "out/broken/log.csv").write_text("iter,loss\nx,y\n")
+    shutil.copytree(folder / "out/a/best", folder / "out/only/best")
+    text = report.main(report.Config(out="newest.html")).read_text("utf-8")
+    assert "<h1>out/b&lt;i&gt;$x$</h1>" in text and "<td>out/mrpc" in text
+    assert "out/a: script train.py, iter 11, val_loss" in capsys.readouterr().out
+    assert "<h1>out/only" in report.main(report.Config(out_dir="out/only")).read_text("utf-8")
+    for code, options, words in (
+            (1, {"out_dir": "nowhere"}, ["nowhere", "no checkpoint"]),
+            (1, {"out_dir": "out/mrpc"}, ["a run of finetune_mrpc.py"]),
+            (2, {"out_dir": "out/a", "head": 2}, ["heads 0 to 1"]),
+            (2, {"out_dir": "out/a", "layer": -3}, ["layers 0 to 1"]),
+            (2, {"out_dir": "out/a", "tokens": 0}, ["--tokens"]),
+            (1, {"out_dir": "out/a", "out": "no/x.html"}, ["cannot write"])):
+        fails(code, lambda options=options: report.main(report.Config(**options)), *words)
     monkeypatch.chdir(folder / "out")
     fails(1, lambda: report.main(report.Config()), "python train.py")
 
@@ -140,19 +192,16 @@ def test_newest_run_and_wrong_ones(folder, fails, monkeypatch):
 @pytest.mark.parametrize("width", [1100, 400])
 def test_opens_in_a_browser(page, tmp_path, width):
     """The page is blank, is wider than the window, or the browser complains."""
-    probe = (
-        "<script>console.log('WIDE', document.documentElement.scrollWidth > innerWidth)</script>"
-    )
-    (tmp_path / "page.html").write_text(page.replace("</body>", probe + "</body>"), "utf-8")
+    probe = "<script>console.log('WIDE', document.documentElement.scrollWidth > innerWidth);"
+    page = page.replace("</body>", probe + "</script></body>")
+    (tmp_path / "page.html").write_text(page, "utf-8")
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
                "--disable-background-networking", f"--user-data-dir={tmp_path / 'user'}",
-               "--enable-logging=stderr", f"--window-size={width},1200"]  # fmt: skip
-    command += [f"--screenshot={tmp_path / 'page.png'}", (tmp_path / "page.html").as_uri()]
+               "--enable-logging=stderr", f"--window-size={width},1200",
+               f"--screenshot={tmp_path / 'page.png'}", (tmp_path / "page.html").as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     assert len(console) == 1 and '"WIDE false"' in console[0], console
-    from matplotlib.image import imread
-
-    picture = imread(tmp_path / "page.png")
+    picture = matplotlib.image.imread(tmp_path / "page.png")
     assert picture.shape[:2] == (1200, width)
     assert picture[..., :3].std() > 0.05 and picture[-400:, :, :3].std() > 0.02

@@ -1,0 +1,530 @@
+"""Weights and tokenizers in and out: GPT-2, Llama and Qwen3 of transformers, and GGUF.
+
+    python convert.py out/verdict FOLDER                             # for transformers, vLLM, ...
+    python convert.py out/verdict FOLDER --format=gguf --dtype=q8_0  # for llama.cpp, Ollama
+
+In a notebook: model = from_pretrained("HuggingFaceTB/SmolLM2-135M"), and to_transformers(model).
+The family follows from GPTConfig: learned positions are GPT-2, qk_norm is Qwen3, else Llama.
+"""
+
+import json
+import re
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+from typing import Literal
+
+from configurator import load, usage_error
+
+
+@dataclass
+class Config:
+    """Write a trained model for other programs: python convert.py RUN FOLDER."""
+
+    run: str = ""  # a run of train.py, or one of its checkpoints; the first word
+    folder: str = ""  # where to write, a new or empty folder; the second word
+    format: Literal["hf", "gguf"] = "hf"  # a transformers folder, or GGUF for llama.cpp and Ollama
+    dtype: Literal["f32", "f16", "q8_0"] = "f16"  # of a GGUF's matrices; transformers gets f32
+
+
+if __name__ == "__main__":
+    argv = sys.argv[1:]
+    for i, name in enumerate(("run", "folder")):  # load() takes leading words for config files
+        if i == len(argv) or argv[i].startswith("-"):
+            break
+        argv[i] = f"--{name}={argv[i]}"
+    CFG = load(Config, argv)  # parse before the slow imports: --help answers at once
+    if not CFG.run or not CFG.folder:
+        usage_error("usage: python convert.py RUN FOLDER [--format=hf|gguf] [--dtype=q8_0]")
+
+import torch
+
+import prepare
+from model import GPT, GPTConfig
+from runtime import UserError, commit_folder, disk_errors, perplexity, print0, run_script
+
+HUB_FILES = ["*config.json", "model.safetensors", "model-*.safetensors", "tokenizer.json"]
+FAMILIES = {  # model_type: {GPTConfig's name: transformers' name}
+    "gpt2": dict(block_size="n_positions", vocab_size="vocab_size", n_layer="n_layer",
+                 n_head="n_head", n_embd="n_embd", n_inner="n_inner",
+                 norm_eps="layer_norm_epsilon", tie_weights="tie_word_embeddings"),
+    "llama": dict(block_size="max_position_embeddings", vocab_size="vocab_size",
+                  n_layer="num_hidden_layers", n_head="num_attention_heads",
+                  n_kv_head="num_key_value_heads", head_dim="head_dim", n_embd="hidden_size",
+                  n_inner="intermediate_size", norm_eps="rms_norm_eps",
+                  tie_weights="tie_word_embeddings"),
+}
+FAMILIES["qwen3"] = FAMILIES["llama"]
+# What a config.json can say and this model cannot: the field, and the values that it may have.
+LIMITS = {
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"), "hidden_act": ("silu", "swish"),
+    "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,), "attention_bias": (False,), "mlp_bias": (False,),
+    "use_sliding_window": (False,), "sliding_window": (None,), "layer_types": (None,),
+    "rope_type": ("default",), "partial_rotary_factor": (None, 1.0), "quantization_config": (None,),
+}
+# (ours, transformers' Llama): replaced in this order on the way out, backwards on the way in.
+LLAMA_NAMES = (
+    ("transformer.wte.", "model.embed_tokens."), ("transformer.ln_f.", "model.norm."),
+    ("transformer.h.", "model.layers."), ("ln_1.", "input_layernorm."),
+    ("ln_2.", "post_attention_layernorm."), ("attn.c_proj.", "attn.o_proj."),
+    (".attn.", ".self_attn."), ("mlp.c_fc.", "mlp.up_proj."), ("mlp.c_gate.", "mlp.gate_proj."),
+    ("mlp.c_proj.", "mlp.down_proj."),
+)
+GPT2_TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # no weights, in old files
+
+# ---------------------------------------------------------------------------------------------
+# names and layouts of the weights
+
+
+def to_hf_names(state, config):
+    """Our state dict -> transformers'. GPT-2's names are ours, but its Conv1D keeps (in, out)."""
+    renamed = {}
+    heads = (config.n_head, config.n_kv_head, config.n_kv_head)
+    for key, weight in state.items():
+        if config.rope_theta is None:
+            renamed[key] = weight.t().contiguous() if key.endswith(GPT2_TRANSPOSED) else weight
+            continue
+        for ours, theirs in LLAMA_NAMES:
+            key = key.replace(ours, theirs)
+        if "c_attn" not in key:
+            renamed[key] = weight
+            continue
+        parts = weight.split([n * config.head_dim for n in heads])  # ((nh + 2 nkv) hs, C)
+        for name, part in zip("qkv", parts, strict=True):
+            renamed[key.replace("c_attn", f"{name}_proj")] = part.contiguous()
+    return renamed
+
+
+def from_hf_names(state, config):
+    """The inverse of to_hf_names."""
+    if config.rope_theta is None:
+        return to_hf_names(state, config)  # transposing twice is a no-op
+    renamed = {}
+    for key, weight in state.items():
+        for ours, theirs in reversed(LLAMA_NAMES):
+            key = key.replace(theirs, ours)
+        renamed[key] = weight
+    for i in range(config.n_layer):
+        name = f"transformer.h.{i}.attn.{{}}.weight"
+        qkv = [renamed.pop(name.format(f"{part}_proj")) for part in "qkv"]
+        renamed[name.format("c_attn")] = torch.cat(qkv)
+    return renamed
+
+
+def check_parameters(what, state, wanted):
+    """Raise UserError unless two state dicts have the same names and shapes."""
+    for name in sorted(state.keys() | wanted.keys()):
+        has, needs = (tuple(d[name].shape) if name in d else "no such" for d in (state, wanted))
+        if has != needs:
+            raise UserError(f"{what} is another model, or a part of one: it has {has} {name}, its "
+                            f"configuration {needs} one")
+
+
+# ---------------------------------------------------------------------------------------------
+# in
+
+
+def local_folder(name):
+    """The folder `name`, or that of the hub's model `name`: downloaded or, with HF_HUB_OFFLINE=1,
+    out of the cache. Only JSON and safetensors are fetched. Raises UserError."""
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+        prepare.require_network(remedy=f"{name} is no folder here, and HF_HUB_OFFLINE=1 looks for "
+                                "it in the hub's cache alone")
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+    except HFValidationError:
+        raise UserError(f"{name} is neither a folder nor a hub's name, as gpt2 is", 2) from None
+    except OSError as error:  # no such model, not allowed, cut off
+        raise UserError(f"cannot download {name}: {str(error)[:200]}; a local folder with "
+                        "config.json and model.safetensors needs no network") from error
+
+
+def load_tokenizer(name):
+    """The prepare.Tokenizer that belongs to the weights `name`, a folder or a name on the hub."""
+    folder = local_folder(name)
+    engine = prepare.open_tokenizer_file(folder)
+    return prepare.Tokenizer("tokenizer.json", engine, prepare.find_eot_id(engine, folder))
+
+
+def gpt_config(c, dropout=0.0):
+    """A configuration of transformers as GPTConfig. Raises UserError where it asks for what this
+    model does not compute, ValueError where it is impossible."""
+    asked = vars(c) | (getattr(c, "rope_parameters", None) or {})
+    layers = asked.get("layer_types") or []
+    asked["layer_types"] = next((kind for kind in layers if kind != "full_attention"), None)
+    for field, values in LIMITS.items():
+        if asked.get(field, values[0]) not in values:
+            raise UserError(f"a {c.model_type} with {field} {asked[field]} is not what this model "
+                            f"computes: {field} can only be {values[0]}")
+    fields = {ours: getattr(c, theirs) for ours, theirs in FAMILIES[c.model_type].items()}
+    if c.model_type != "gpt2":
+        fields |= dict(rope_theta=asked["rope_theta"], rms_norm=True, swiglu=True, bias=False,
+                       qkv_bias=False, qk_norm=c.model_type == "qwen3")
+    return GPTConfig(**fields, dropout=dropout)
+
+
+def check_same_tokenizer(name, tokenizer):
+    """Raise UserError unless `tokenizer`, that of the data, is that of the weights `name`."""
+    if not (local_folder(name) / "tokenizer.json").exists():
+        print0(f"warning: {name} has no tokenizer.json: its tokens may not be those of the data")
+        return
+    probe = "It's a test: 3.14, x**2  (ə ğ ş İ, 日本語, Привет 🙂)\r\n\tdef f(x): return 1000\n\n"
+    if load_tokenizer(name).encode(probe) != tokenizer.encode(probe):
+        raise UserError(f"{name} has another tokenizer than the data: prepare the data again with "
+                        f"--tokenizer={local_folder(name)}", 2)
+
+
+def read_folder(folder):
+    """A transformers folder as (its configuration, {name: fp32 tensor}). Raises UserError."""
+    from safetensors.torch import load_file
+    from transformers import AutoConfig
+
+    files = [file for pattern in HUB_FILES[1:3] for file in sorted(folder.glob(pattern))]
+    state = {}
+    try:
+        said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if said["model_type"] not in FAMILIES:
+            raise ValueError(f"a {said['model_type']} is none of {', '.join(FAMILIES)}")
+        if not files:
+            raise ValueError("it has no model.safetensors; other formats can run code: save it "
+                             "with save_pretrained of a current transformers")
+        config = type(AutoConfig.for_model(said["model_type"])).from_dict(said)
+        for file in files:
+            state |= load_file(file)
+    except Exception as error:  # a stranger's files: transformers has checks of every kind
+        raise UserError(f"cannot load {folder}: {error or type(error).__name__}") from error
+    return config, {k: v.float() for k, v in state.items() if not k.endswith(BUFFERS)}
+
+
+def from_pretrained(name, dropout=0.0):
+    """The GPT in a transformers folder, or of that name on the hub: GPT2LMHeadModel,
+    LlamaForCausalLM or Qwen3ForCausalLM; fp32, on the CPU, in eval mode. Raises UserError."""
+    hf_config, state = read_folder(local_folder(name))
+    try:
+        config = gpt_config(hf_config, dropout)
+    except ValueError as error:
+        raise UserError(f"cannot load {name}: {error}") from error
+    with torch.device("meta"):
+        model = GPT(config)
+    wanted = to_hf_names(model.state_dict(), config)
+    embedding = next(iter(wanted))  # transformer.wte.weight or model.embed_tokens.weight
+    prefix, bare = embedding.split(".", 1)
+    if bare in state:  # saved without its head, as the hub's gpt2
+        state = {f"{prefix}.{key}": weight for key, weight in state.items()}
+    if config.tie_weights and embedding in state:
+        head = state.setdefault("lm_head.weight", state[embedding])
+        config.tie_weights = torch.equal(head, state[embedding])  # what the files hold counts
+    check_parameters(name, state, wanted)
+    model.load_state_dict(from_hf_names(state, config), assign=True)
+    if config.tie_weights:
+        model.lm_head.weight = model.transformer.wte.weight
+    return model.eval()
+
+
+# ---------------------------------------------------------------------------------------------
+# out: transformers
+
+
+def transformers_config(c):
+    """The inverse of gpt_config. Raises UserError for a mix of fields that no family has."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    free = {"init", "dropout"}  # what plays no part in the logits
+    if c.rope_theta is None:
+        kind = "gpt2"
+        free |= {"bias", "qkv_bias"}  # a GPT-2 has all of them: zeros
+        more = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), c.dropout)
+    else:
+        kind = "qwen3" if c.qk_norm else "llama"
+        more = dict(rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta})
+    more |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    fields = {theirs: getattr(c, ours) for ours, theirs in FAMILIES[kind].items()}
+    try:
+        config = AutoConfig.for_model(kind, **fields, **more)
+        back = vars(gpt_config(config))
+    except (ValueError, StrictDataclassError) as error:
+        raise UserError(f"transformers has no such {kind}: {error}") from error
+    wrong = [f"{name} {value}, not {back[name]}" for name, value in vars(c).items()
+             if name not in free and value != back[name]]
+    if wrong:
+        raise UserError(f"transformers has no such model; its {kind} differs by {'; '.join(wrong)}")
+    if c.rope_theta is not None:
+        config.rope_theta = c.rope_theta  # readers that know no rope_parameters take 1e4 or 1e6
+    return config
+
+
+@torch.no_grad()
+def to_transformers(model, folder=None):
+    """A GPT as transformers' GPT2LMHeadModel, LlamaForCausalLM or Qwen3ForCausalLM with equal
+    logits, saved to `folder` where one is given. Raises UserError for a changed model: one with
+    other parameters, or with other logits, than its family."""
+    from transformers import AutoModelForCausalLM
+
+    hf = AutoModelForCausalLM.from_config(transformers_config(model.config)).eval()
+    wanted = hf.state_dict()
+    state = {name: torch.zeros_like(v) for name, v in wanted.items() if name.endswith("bias")}
+    state |= to_hf_names(model.state_dict(), model.config)
+    check_parameters("this model", state, wanted)
+    hf.load_state_dict(state)
+    training = model.training
+    idx = torch.arange(min(7, model.config.block_size))[None] % model.config.vocab_size
+    ours = model.eval()(idx.to(model.lm_head.weight.device))[0].float().cpu()
+    model.train(training)
+    difference = (hf(idx).logits - ours).abs().max() / ours.abs().max()
+    if not difference < 0.01:
+        raise UserError(f"this model is no {type(hf).__name__}: with the same weights that one has "
+                        f"logits {difference:.0%} apart")
+    if folder is not None:
+        hf.save_pretrained(folder)
+    return hf
+
+
+def hf_engine(tokenizer):
+    """A prepare.Tokenizer as tokenizers.Tokenizer: its own, or tiktoken's vocabulary rebuilt with
+    every id in its place."""
+    if not tokenizer.tiktoken:
+        return tokenizer.engine
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    source = tokenizer.engine
+    names = {i: token for token, i in source._special_tokens.items()}
+    converter = TikTokenConverter(pattern=source._pat_str, extra_special_tokens=[*names.values()])
+    converter.load_tiktoken_bpe = lambda _: source._mergeable_ranks
+    vocab, merges = converter.extract_vocab_merges_from_model(None)
+    for i in {*range(source.n_vocab)} - {*vocab.values()}:  # special tokens, and ids nobody has
+        vocab[names.get(i, f"<|unused_{i}|>")] = i
+    converter.extract_vocab_merges_from_model = lambda _: (vocab, merges)
+    return converter.converted()
+
+
+def public_name(source):
+    """URLs and hub names without user, password and query; of a path the last part alone."""
+    remote = re.findall(r"hf:\S+|https?://\S+", source)
+    return " ".join(map(prepare.hide_secrets, remote)) or PureWindowsPath(source).name
+
+
+def model_card(model, saved, meta, library):
+    """README.md of an exported model: what it is and the figures of its run."""
+    c = model.config
+    name = public_name(saved["train"]["dataset"])
+    start = saved["train"].get("init_from", "scratch")
+    rows = {
+        "data set": f"{name} ({public_name(meta['source'])})",
+        "tokens": f"{meta['train_tokens']:,} train, {meta['val_tokens']:,} validation",
+        "vocabulary": f"{meta['vocab_size']:,} ({public_name(meta['tokenizer'])})",
+        "model": f"{c.n_layer} layers, {c.n_head} heads ({c.n_kv_head} for keys and values), "
+                 f"width {c.n_embd}, context {c.block_size}",
+        "parameters": f"{model.count_parameters():,}",
+        "trained": f"{saved['iter']:,} iterations from {public_name(start)}",
+    }
+    for key in [key for key in ("train_loss", "val_loss") if saved.get(key) is not None]:
+        rows[key] = f"{saved[key]:.4f}, perplexity {perplexity(saved[key]):.1f}"
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    return (f"---\nlibrary_name: {library}\npipeline_tag: text-generation\n---\n\n# {name}\n\n"
+            f"| | |\n|---|---|\n{table}\n")
+
+
+def write_transformers(folder, model, tokenizer):
+    """Fill `folder` with configuration, weights, tokenizer and generation settings."""
+    from transformers import PreTrainedTokenizerFast
+
+    hf = to_transformers(model)
+    for settings in (hf.config, hf.generation_config):
+        settings.bos_token_id = settings.eos_token_id = settings.pad_token_id = tokenizer.eot_id
+    hf.generation_config.max_length = model.config.block_size  # beyond it nothing was trained
+    hf.save_pretrained(folder)
+    engine = hf_engine(tokenizer)
+    engine.post_processor = None  # training adds no special token, whatever the tokenizer would
+    special = ("bos_token", "eos_token", "unk_token", "pad_token")
+    PreTrainedTokenizerFast(  # split_special_tokens: in text they are text
+        tokenizer_object=engine, model_max_length=model.config.block_size,
+        split_special_tokens=True, **dict.fromkeys(special, engine.id_to_token(tokenizer.eot_id)),
+    ).save_pretrained(folder)
+    file = folder / "tokenizer_config.json"  # a name that transformers 4 knows too
+    text = file.read_text("utf-8").replace("TokenizersBackend", "PreTrainedTokenizerFast")
+    file.write_text(text, "utf-8")
+
+
+# ---------------------------------------------------------------------------------------------
+# out: GGUF
+
+GPT2_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+LLAMA3_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+                r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+# How a text is cut into words before its BPE: llama.cpp has a fixed list and knows them by name.
+# Runs of 128 letters and more, which prepare.py cuts, are the one place where ids can differ.
+PRE_TOKENIZERS = {
+    ("ByteLevel",): "gpt-2", (prepare.LONG_RUN, "ByteLevel"): "gpt-2", (GPT2_WORDS,): "gpt-2",
+    ("Digits", "ByteLevel"): "smollm", (LLAMA3_WORDS,): "llama-bpe",
+    (LLAMA3_WORDS.replace("{1,3}", ""),): "qwen2",
+}
+
+
+def gguf_bpe(saved):
+    """A byte-level BPE's tokenizer.json as (vocabulary, merges, llama.cpp's name of its
+    pre-tokenizer). Raises UserError for what llama.cpp would run differently."""
+    steps = []
+    settings = saved["pre_tokenizer"] or {}
+    for step in settings.get("pretokenizers", [settings]):
+        regex = step.get("pattern", {}).get("Regex")
+        usual = {"add_prefix_space": False, "individual_digits": True, "behavior": "Isolated"}
+        if any(step.get(key, value) != value for key, value in usual.items()):
+            regex = "unknown"
+        if regex or step.get("use_regex", True):
+            steps.append(regex or step.get("type"))
+    model = saved["model"]
+    normalizer = (saved["normalizer"] or {}).get("type", "NFC")  # llama.cpp has none
+    names = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+    odd = [name for name in names if model.get(name)]
+    if model["type"] != "BPE" or odd or normalizer != "NFC" or tuple(steps) not in PRE_TOKENIZERS:
+        raise UserError(f"GGUF has no name for this tokenizer ({model['type']}, {normalizer}, "
+                        f"{steps}, {odd}); it can hold prepare.py's bpe, char and gpt2, and those "
+                        "of SmolLM2, Qwen and Llama 3")
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    return model["vocab"], merges, PRE_TOKENIZERS[tuple(steps)]
+
+
+def gguf_characters(vocabulary):
+    """A character vocabulary as gguf_bpe gives a BPE's: the bytes of each character, and merges
+    that join them. A lead byte of UTF-8 stands nowhere else, so the merges cannot interfere.
+    llama.cpp drops a character that is not in the vocabulary."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    split = ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str
+    vocabulary = {split(char)[0][0]: i for char, i in vocabulary.items()}
+    merges = dict.fromkeys(f"{t[:n]} {t[n]}" for t in vocabulary for n in range(1, len(t)))
+    return vocabulary, [*merges], "gpt-2"
+
+
+def add_tokenizer(writer, engine, size):
+    """Write a tokenizers.Tokenizer, padded to `size` tokens, into a GGUF."""
+    from gguf import TokenType
+
+    saved = json.loads(engine.to_str())
+    added = {token["content"]: token for token in saved["added_tokens"]}
+    words = {}
+    if saved["model"]["type"] == "WordLevel":
+        words = {word: i for word, i in saved["model"]["vocab"].items() if word not in added}
+    if max(map(len, words), default=0) == 1:
+        vocabulary, merges, pre = gguf_characters(words)
+    else:
+        vocabulary, merges, pre = gguf_bpe(saved)
+    tokens = [f"[unused {i}]" for i in range(size)]
+    types = [TokenType.UNUSED] * size
+    for token, i in vocabulary.items():
+        tokens[i] = token
+        types[i] = TokenType.NORMAL
+    for token, entry in added.items():
+        tokens[entry["id"]] = token
+        types[entry["id"]] = TokenType.CONTROL if entry["special"] else TokenType.USER_DEFINED
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges(merges)
+
+
+def add_weights(writer, model, dtype):
+    """Write the weights of a GPT into a GGUF in the layouts and types that llama.cpp wants."""
+    import gguf
+
+    c = model.config
+    types = gguf.GGMLQuantizationType
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[writer.arch.upper()], c.n_layer)
+    for key, weight in to_transformers(model).state_dict().items():
+        if key == "lm_head.weight" and c.tie_weights:
+            continue
+        if writer.arch == "gpt2" and key.endswith(GPT2_TRANSPOSED):
+            weight = weight.t()
+        heads = {"q_proj": c.n_head, "k_proj": c.n_kv_head}.get(key.split(".")[-2])
+        if writer.arch == "llama" and heads:  # it rotates neighbours, transformers halves
+            weight = weight.view(heads, 2, -1, c.n_embd).transpose(1, 2).flatten(0, 2)
+        kind = types[dtype.upper()]
+        if weight.dim() == 1 or "wpe" in key:
+            kind = types.F32
+        elif kind == types.Q8_0 and weight.size(1) % 32:  # it comes in blocks of 32
+            kind = types.F16
+        data = gguf.quants.quantize(weight.contiguous().numpy(), kind)
+        writer.add_tensor(names.get_name(key, (".weight", ".bias")), data, raw_dtype=kind)
+
+
+def write_gguf(folder, model, tokenizer, name, dtype):
+    """Fill `folder` with model.gguf and a Modelfile for Ollama."""
+    try:
+        import gguf
+    except ModuleNotFoundError:
+        raise UserError("--format=gguf needs a package: pip install gguf") from None
+    c = model.config
+    writer = gguf.GGUFWriter(folder / "model.gguf", transformers_config(c).model_type)
+    numbers = dict(
+        file_type={"f32": 0, "f16": 1, "q8_0": 7}[dtype], quantization_version=2,
+        vocab_size=c.vocab_size, context_length=c.block_size, embedding_length=c.n_embd,
+        block_count=c.n_layer, feed_forward_length=c.n_inner, head_count=c.n_head,
+        head_count_kv=c.n_kv_head, bos_token_id=tokenizer.eot_id, eos_token_id=tokenizer.eot_id,
+    )
+    if c.rope_theta is None:
+        numbers |= dict(layer_norm_eps=c.norm_eps)
+    else:
+        numbers |= dict(layer_norm_rms_eps=c.norm_eps, key_length=c.head_dim,
+                        value_length=c.head_dim, rope_dimension_count=c.head_dim,
+                        rope_freq_base=c.rope_theta)
+    writer.add_name(name)
+    for key, value in numbers.items():
+        getattr(writer, f"add_{key}")(value)
+    writer.add_add_bos_token(False)
+    add_tokenizer(writer, hf_engine(tokenizer), c.vocab_size)
+    add_weights(writer, model, dtype)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    lines = ["FROM ./model.gguf", 'TEMPLATE "{{ .Prompt }}"', f"PARAMETER num_ctx {c.block_size}"]
+    (folder / "Modelfile").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------
+# the command
+
+
+def main(cfg):
+    """Write a checkpoint, or the one that sample.py would take of a run, into a new folder. It is
+    whole or absent. Returns its Path."""
+    import sample
+
+    run = Path(cfg.run)
+    folder = Path(cfg.folder).resolve()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is not empty; name another folder")
+    checkpoint = run if (run / "model.safetensors").exists() else sample.pick_checkpoint(run)
+    model, tokenizer, saved = sample.load_checkpoint(checkpoint)
+    library = "transformers" if cfg.format == "hf" else "gguf"
+    card = model_card(model, saved, prepare.read_meta(checkpoint), library)
+    temporary = folder.with_name(f".tmp-{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        with disk_errors(folder):
+            temporary.mkdir(parents=True)
+            if cfg.format == "hf":
+                write_transformers(temporary, model, tokenizer)
+            else:
+                write_gguf(temporary, model, tokenizer, Path(saved["train"]["dataset"]).name,
+                           cfg.dtype)
+            (temporary / "README.md").write_text(card, encoding="utf-8")
+            commit_folder(temporary, folder)
+    finally:  # nothing is left of a failure
+        shutil.rmtree(temporary, ignore_errors=True)
+    print0(f"{checkpoint} -> {folder}")
+    return folder
+
+
+if __name__ == "__main__":
+    run_script(main, CFG)

@@ -1,0 +1,149 @@
+"""Stand-ins with torch's names that only make a CPU faster, and quantized weights for decoding.
+
+model.py imports dropout, Linear and scaled_dot_product_attention from here. Delete this file and
+every program computes the same, slower; only sample.py's --quantize is gone.
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+GROUP = 32  # inputs that share a scale and an offset in int4
+
+
+def dropout(x, p=0.5, training=True):
+    """F.dropout. On a CPU it draws 64 random bits once and uses them as four 16-bit numbers: a
+    quarter of the time, and p is rounded to a multiple of 1/65536."""
+    if not training or p == 0 or x.device.type != "cpu":
+        return F.dropout(x, p, training)
+    bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    threshold = min(round(p * 65536) - 32768, 32767)  # beyond an int16's range it would wrap
+    keep = bits.view(torch.int16)[: x.numel()].view(x.shape) >= threshold
+    return x * keep.to(x.dtype).mul_(1 / (1 - p))
+
+
+def scaled_dot_product_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False,
+                                 enable_gqa=False):
+    """F.scaled_dot_product_attention. On a CPU PyTorch has no fused kernel with dropout, and its
+    fallback uses the slow dropout above; this one uses the fast one.
+
+    q (B, nh, T, hs), k and v (B, nkv, T, hs) -> (B, nh, T, hs).
+    """
+    if dropout_p == 0 or q.device.type != "cpu" or attn_mask is not None or not is_causal:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal,
+                                              enable_gqa=enable_gqa)
+    if enable_gqa:
+        k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
+    future = torch.ones(q.size(2), q.size(2), dtype=torch.bool).triu(1)  # (T, T)
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, nh, T, T)
+    weights = scores.masked_fill(future, -torch.inf).softmax(-1, dtype=q.dtype)
+    return dropout(weights, dropout_p) @ v
+
+
+class Linear(nn.Linear):
+    """nn.Linear. Without gradients, one fp32 row on a CPU goes through numpy, whose matrix-vector
+    product uses all cores where PyTorch's uses one: a third of the time of a decoding step."""
+
+    def forward(self, x):
+        one_row = x.numel() == self.in_features and x.device.type == "cpu"
+        plain = x.dtype == self.weight.dtype == torch.float32
+        graph = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")
+        if not one_row or not plain or graph:
+            return super().forward(x)
+        y = torch.from_numpy(self.weight.numpy() @ x.numpy().reshape(-1))
+        y = y if self.bias is None else y + self.bias
+        return y.view(*x.shape[:-1], -1)
+
+
+class Muon(torch.optim.Muon):
+    """torch.optim.Muon (Jordan et al. 2024), which iterates in bf16. A CPU without bf16
+    instructions does that at a quarter of its fp32 speed, so there this one iterates in fp32."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        features = torch.cpu.get_capabilities()
+        fast_bf16 = features.get("avx512_bf16") or features.get("amx_bf16")
+        usual = all(p.is_cpu and group["nesterov"] and group["adjust_lr_fn"] == "match_rms_adamw"
+                    for group in self.param_groups for p in group["params"])
+        if fast_bf16 or not usual or closure is not None:
+            return super().step(closure)
+        for group in self.param_groups:
+            lr = float(group["lr"])
+            for p in [p for p in group["params"] if p.grad is not None]:
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                buffer = self.state[p]["momentum_buffer"]
+                buffer.lerp_(p.grad, 1 - group["momentum"])
+                nesterov = p.grad.lerp(buffer, group["momentum"])
+                p.mul_(1 - lr * group["weight_decay"])
+                p.add_(orthogonalize(nesterov, group), alpha=-lr * 0.2 * math.sqrt(max(p.shape)))
+
+
+def orthogonalize(x, group):
+    """Newton-Schulz: x (m, n) -> about the orthogonal factor of its polar decomposition."""
+    a, b, c = group["ns_coefficients"]
+    y = x.T if x.size(0) > x.size(1) else x
+    y = y / y.norm().clamp(min=group["eps"])
+    for _ in range(group["ns_steps"]):
+        gram = y @ y.T
+        y = torch.addmm(y, torch.addmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
+    return y.T if x.size(0) > x.size(1) else y
+
+
+class QuantizedLinear(nn.Module):
+    """A Linear for decoding: weights in bf16, or, on a CPU only, in int8 with one scale an output
+    or in int4 with a scale and an offset for every GROUP inputs of an output."""
+
+    def __init__(self, linear, kind):
+        super().__init__()
+        self.kind = kind
+        self.bias = linear.bias
+        self.out_features = linear.out_features
+        # PyTorch 2.13: _weight_int8pack_mm reads past rows whose length is no multiple of 16; the
+        # int4 kernel wants whole groups and 16 outputs, and is fastest with 64
+        inputs, outputs = {"bf16": (1, 1), "int8": (16, 1), "int4": (GROUP, 64)}[kind]
+        self.padding = -linear.in_features % inputs
+        weight = F.pad(linear.weight.detach(), (0, self.padding, 0, -self.out_features % outputs))
+        scale = None
+        if kind == "bf16":
+            weight = weight.bfloat16()
+        elif kind == "int8":
+            scale = (weight.abs().amax(dim=1).clamp(min=1e-8) / 127).bfloat16()
+            weight = (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8)
+        else:
+            groups = weight.unflatten(1, (-1, GROUP))  # (outputs, groups, GROUP)
+            low, high = groups.aminmax(dim=2, keepdim=True)
+            scale = ((high - low) / 15).clamp(min=1e-8).bfloat16()
+            offset = (low + 8 * scale).bfloat16()  # of the 16 levels -8 .. 7
+            levels = ((groups - offset) / scale).round().clamp(-8, 7) + 8
+            weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels.flatten(1).int(), 1)
+            scale = torch.cat((scale, offset), dim=2).transpose(0, 1).contiguous()
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+
+    def forward(self, x):
+        rows = F.pad(x.reshape(-1, x.size(-1)).bfloat16(), (0, self.padding)).contiguous()
+        if self.kind == "bf16":
+            y = F.linear(rows, self.weight)
+        elif self.kind == "int8":
+            y = torch.ops.aten._weight_int8pack_mm(rows, self.weight, self.scale)
+        else:
+            y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.weight, GROUP, self.scale)
+        y = y[:, : self.out_features].to(x.dtype)
+        y = y if self.bias is None else y + self.bias
+        return y.reshape(*x.shape[:-1], -1)
+
+
+def quantize(model, kind):
+    """Replace the Linear layers of an eval-mode model by QuantizedLinear, in place: 'bf16', 'int8'
+    or 'int4', a half, a quarter or a sixth of the bytes that a decoding step reads. Embeddings stay
+    as they are. On a GPU the whole model becomes bf16: each conversion would be one more kernel."""
+    if kind == "bf16" and model.lm_head.weight.is_cuda:
+        return model.bfloat16()
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(module, name, QuantizedLinear(child, kind))
+    return model
