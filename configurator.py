@@ -34,13 +34,17 @@ def read_config_file(path):
     if not os.path.isfile(path):
         usage_error(f"config file {path!r} is not there; options start with --, as --seed=1 does")
     try:
-        names = runpy.run_path(path)
+        return as_options(runpy.run_path(path))
     except (Exception, SystemExit) as error:  # it is the user's program: anything can happen in it
         frames = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
         if isinstance(error, SyntaxError) and error.filename == path:
             frames = [error.lineno]
         line = (frames or ["?"])[-1]
         usage_error(f"config file {path}, line {line}: {type(error).__name__}: {error}")
+
+
+def as_options(names):
+    """{name: value} of what a config file sets -> command line options."""
     options = []
     for name, value in names.items():
         if name.startswith("_") or isinstance(value, types.ModuleType) or callable(value):
@@ -91,6 +95,10 @@ def load(config_class, argv=None):
 
     The result's attribute `given` is the set of names that were said anywhere.
     """
+    # OpenMP threads that spin at their barriers starve each other once another process is busy on
+    # the same cores: read when torch loads, which scripts do after this call.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
     argv = list(sys.argv[1:] if argv is None else argv)
     if "--version" in argv:
         print_versions()

@@ -7,6 +7,7 @@ In a notebook: model = from_pretrained("HuggingFaceTB/SmolLM2-135M"), and to_tra
 The family follows from GPTConfig: learned positions are GPT-2, qk_norm is Qwen3, else Llama.
 """
 
+import copy
 import json
 import re
 import shutil
@@ -39,6 +40,7 @@ if __name__ == "__main__":
         usage_error("usage: python convert.py RUN FOLDER [--format=hf|gguf] [--dtype=q8_0]")
 
 import torch
+from torch.nn import functional as F
 
 import prepare
 from model import GPT, GPTConfig
@@ -75,8 +77,7 @@ LLAMA_NAMES = (
 GPT2_TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # no weights, in old files
 
-# ---------------------------------------------------------------------------------------------
-# names and layouts of the weights
+# --- names and layouts of the weights --------------------------------------------------------
 
 
 def to_hf_names(state, config):
@@ -114,17 +115,29 @@ def from_hf_names(state, config):
     return renamed
 
 
+def fold_embd_norm(model):
+    """A copy of a model without embd_norm but equal logits: the norm depends on a row of wte alone,
+    so the rows are normalised once. Raises UserError where the head shares them."""
+    if not model.config.embd_norm:
+        return model
+    if model.config.tie_weights:
+        raise UserError("embd_norm cannot be folded into an embedding that the head shares")
+    folded = copy.deepcopy(model)
+    folded.config.embd_norm = False
+    weight = folded.transformer.wte.weight.data
+    weight.copy_(F.rms_norm(weight, weight.shape[1:], eps=model.config.norm_eps))
+    return folded
+
+
 def check_parameters(what, state, wanted):
     """Raise UserError unless two state dicts have the same names and shapes."""
     for name in sorted(state.keys() | wanted.keys()):
         has, needs = (tuple(d[name].shape) if name in d else "no such" for d in (state, wanted))
         if has != needs:
-            raise UserError(f"{what} is another model, or a part of one: it has {has} {name}, its "
-                            f"configuration {needs} one")
+            raise UserError(f"{what} is another model or a part of one: {has} {name}, not {needs}")
 
 
-# ---------------------------------------------------------------------------------------------
-# in
+# --- in --------------------------------------------------------------------------------------
 
 
 def local_folder(name):
@@ -133,18 +146,14 @@ def local_folder(name):
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
+    from huggingface_hub.utils import HFValidationError
 
+    remedy = f"{name} is no folder here; one with config.json and model.safetensors is enough"
+    prepare.require_network(remedy=remedy)
     try:
-        validate_repo_id(name)
-        prepare.require_network(remedy=f"{name} is no folder here, and HF_HUB_OFFLINE=1 looks for "
-                                "it in the hub's cache alone")
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
-    except HFValidationError:
-        raise UserError(f"{name} is neither a folder nor a hub's name, as gpt2 is", 2) from None
-    except OSError as error:  # no such model, not allowed, cut off
-        raise UserError(f"cannot download {name}: {str(error)[:200]}; a local folder with "
-                        "config.json and model.safetensors needs no network") from error
+    except (OSError, HFValidationError) as error:  # no such model or name, not allowed, cut off
+        raise UserError(f"cannot download {name}: {str(error)[:200]}; {remedy}") from error
 
 
 def load_tokenizer(name):
@@ -162,8 +171,8 @@ def gpt_config(c, dropout=0.0):
     asked["layer_types"] = next((kind for kind in layers if kind != "full_attention"), None)
     for field, values in LIMITS.items():
         if asked.get(field, values[0]) not in values:
-            raise UserError(f"a {c.model_type} with {field} {asked[field]} is not what this model "
-                            f"computes: {field} can only be {values[0]}")
+            raise UserError(f"this model cannot compute a {c.model_type} with {field} "
+                            f"{asked[field]}, only {values[0]}")
     fields = {ours: getattr(c, theirs) for ours, theirs in FAMILIES[c.model_type].items()}
     if c.model_type != "gpt2":
         fields |= dict(rope_theta=asked["rope_theta"], rms_norm=True, swiglu=True, bias=False,
@@ -194,8 +203,7 @@ def read_folder(folder):
         if said["model_type"] not in FAMILIES:
             raise ValueError(f"a {said['model_type']} is none of {', '.join(FAMILIES)}")
         if not files:
-            raise ValueError("it has no model.safetensors; other formats can run code: save it "
-                             "with save_pretrained of a current transformers")
+            raise ValueError("it has no model.safetensors, and other formats can run code")
         config = type(AutoConfig.for_model(said["model_type"])).from_dict(said)
         for file in files:
             state |= load_file(file)
@@ -229,8 +237,7 @@ def from_pretrained(name, dropout=0.0):
     return model.eval()
 
 
-# ---------------------------------------------------------------------------------------------
-# out: transformers
+# --- out: transformers -----------------------------------------------------------------------
 
 
 def transformers_config(c):
@@ -269,6 +276,7 @@ def to_transformers(model, folder=None):
     other parameters, or with other logits, than its family."""
     from transformers import AutoModelForCausalLM
 
+    model = fold_embd_norm(model)
     hf = AutoModelForCausalLM.from_config(transformers_config(model.config)).eval()
     wanted = hf.state_dict()
     state = {name: torch.zeros_like(v) for name, v in wanted.items() if name.endswith("bias")}
@@ -281,8 +289,7 @@ def to_transformers(model, folder=None):
     model.train(training)
     difference = (hf(idx).logits - ours).abs().max() / ours.abs().max()
     if not difference < 0.01:
-        raise UserError(f"this model is no {type(hf).__name__}: with the same weights that one has "
-                        f"logits {difference:.0%} apart")
+        raise UserError(f"this model is no {type(hf).__name__}: logits {difference:.0%} apart")
     if folder is not None:
         hf.save_pretrained(folder)
     return hf
@@ -316,21 +323,22 @@ def model_card(model, saved, meta, library):
     """README.md of an exported model: what it is and the figures of its run."""
     c = model.config
     name = public_name(saved["train"]["dataset"])
-    start = saved["train"].get("init_from", "scratch")
-    rows = {
-        "data set": f"{name} ({public_name(meta['source'])})",
-        "tokens": f"{meta['train_tokens']:,} train, {meta['val_tokens']:,} validation",
-        "vocabulary": f"{meta['vocab_size']:,} ({public_name(meta['tokenizer'])})",
-        "model": f"{c.n_layer} layers, {c.n_head} heads ({c.n_kv_head} for keys and values), "
-                 f"width {c.n_embd}, context {c.block_size}",
-        "parameters": f"{model.count_parameters():,}",
-        "trained": f"{saved['iter']:,} iterations from {public_name(start)}",
-    }
-    for key in [key for key in ("train_loss", "val_loss") if saved.get(key) is not None]:
-        rows[key] = f"{saved[key]:.4f}, perplexity {perplexity(saved[key]):.1f}"
-    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    start = public_name(saved["train"].get("init_from", "scratch"))
+    rows = [
+        f"data set | {name} ({public_name(meta['source'])})",
+        f"tokens | {meta['train_tokens']:,} train, {meta['val_tokens']:,} validation",
+        f"vocabulary | {meta['vocab_size']:,} ({public_name(meta['tokenizer'])})",
+        f"model | {c.n_layer} layers, {c.n_head} heads ({c.n_kv_head} for keys and values), "
+        f"width {c.n_embd}, context {c.block_size}",
+        f"parameters | {model.count_parameters():,}",
+        f"trained | {saved['iter']:,} iterations from {start}",
+    ]
+    for key in ("train_loss", "val_loss"):
+        if saved.get(key) is not None:
+            rows.append(f"{key} | {saved[key]:.4f}, perplexity {perplexity(saved[key]):.1f}")
+    table = "".join(f"| {row} |\n" for row in rows)
     return (f"---\nlibrary_name: {library}\npipeline_tag: text-generation\n---\n\n# {name}\n\n"
-            f"| | |\n|---|---|\n{table}\n")
+            f"| | |\n|---|---|\n{table}")
 
 
 def write_transformers(folder, model, tokenizer):
@@ -354,8 +362,7 @@ def write_transformers(folder, model, tokenizer):
     file.write_text(text, "utf-8")
 
 
-# ---------------------------------------------------------------------------------------------
-# out: GGUF
+# --- out: GGUF -------------------------------------------------------------------------------
 
 GPT2_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 LLAMA3_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -387,8 +394,7 @@ def gguf_bpe(saved):
     odd = [name for name in names if model.get(name)]
     if model["type"] != "BPE" or odd or normalizer != "NFC" or tuple(steps) not in PRE_TOKENIZERS:
         raise UserError(f"GGUF has no name for this tokenizer ({model['type']}, {normalizer}, "
-                        f"{steps}, {odd}); it can hold prepare.py's bpe, char and gpt2, and those "
-                        "of SmolLM2, Qwen and Llama 3")
+                        f"{steps}, {odd}), only for bpe, char, gpt2, SmolLM2, Qwen and Llama 3")
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     return model["vocab"], merges, PRE_TOKENIZERS[tuple(steps)]
 
@@ -430,7 +436,9 @@ def add_tokenizer(writer, engine, size):
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    writer.add_token_merges(merges)
+    # llama.cpp refuses a file without merges, which a vocabulary of ASCII characters does not need.
+    # This one never applies: no byte is written as this character.
+    writer.add_token_merges(merges or ["\u2581 \u2581"])
 
 
 def add_weights(writer, model, dtype):
@@ -463,6 +471,7 @@ def write_gguf(folder, model, tokenizer, name, dtype):
         import gguf
     except ModuleNotFoundError:
         raise UserError("--format=gguf needs a package: pip install gguf") from None
+    model = fold_embd_norm(model)
     c = model.config
     writer = gguf.GGUFWriter(folder / "model.gguf", transformers_config(c).model_type)
     numbers = dict(
@@ -491,8 +500,7 @@ def write_gguf(folder, model, tokenizer, name, dtype):
     (folder / "Modelfile").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-# ---------------------------------------------------------------------------------------------
-# the command
+# --- the command -----------------------------------------------------------------------------
 
 
 def main(cfg):
@@ -516,8 +524,8 @@ def main(cfg):
             if cfg.format == "hf":
                 write_transformers(temporary, model, tokenizer)
             else:
-                write_gguf(temporary, model, tokenizer, Path(saved["train"]["dataset"]).name,
-                           cfg.dtype)
+                name = Path(saved["train"]["dataset"]).name
+                write_gguf(temporary, model, tokenizer, name, cfg.dtype)
             (temporary / "README.md").write_text(card, encoding="utf-8")
             commit_folder(temporary, folder)
     finally:  # nothing is left of a failure

@@ -12,7 +12,7 @@ Writes out/mrpc/: best/ (a transformers folder), checkpoint-*, run.json, log.csv
 results.json, predictions.tsv (worst mistakes first), confusion.png.
 """
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import ClassVar, Literal
 
 from configurator import changed, load
@@ -77,9 +77,12 @@ import numpy
 import pandas
 import torch
 import transformers
+from scipy.stats import binomtest
+from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 from sklearn.model_selection import train_test_split
 from torch.nn.functional import cross_entropy
 
+import prepare
 import runtime
 from runtime import UserError, check_range, derive_seed, print0, run_script
 
@@ -87,27 +90,31 @@ COLUMNS = ["sentence1", "sentence2", "label"]
 MSR_COLUMNS = {"#1 String": "sentence1", "#2 String": "sentence2", "Quality": "label"}
 MRPC_NAMES = {"0": "not_equivalent", "1": "equivalent"}
 METRICS = ["accuracy", "f1", "accuracy_f1_mean"]
-OUTPUTS = ["results.json", "predictions.tsv", "test-predictions.tsv", "confusion.png"]
+OUTPUTS = ["results.json", "predictions.tsv", "test-predictions.tsv", "confusion.png",
+           "test-confusion.png"]
 
 # ---------------------------------------------------------------------------------------------
 # pairs
 
 
+def read_table(path):
+    """A TSV, CSV, JSONL or parquet file. Between tabs a quotation mark is text, as in MSR's."""
+    if path.endswith(".parquet"):
+        return pandas.read_parquet(path)
+    if path.endswith((".jsonl", ".json")):
+        return pandas.read_json(path, lines=True, dtype=False)
+    with open(path, encoding="utf-8-sig") as f:
+        tabs = {"sep": "\t", "quoting": csv.QUOTE_NONE} if "\t" in f.readline() else {}
+    table = pandas.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", **tabs)
+    if not isinstance(table.index, pandas.RangeIndex):  # pandas makes row names of them
+        raise ValueError("more cells in a row than in the header")
+    return table
+
+
 def read_pairs(path, columns=COLUMNS):
-    """The `columns` (two texts, perhaps labels) of a TSV, CSV, JSONL or parquet file, as a table
-    with the names COLUMNS. Between tabs a quotation mark is text, as in the original corpus."""
+    """The `columns` (two texts, perhaps labels) of a file, as a table with the names COLUMNS."""
     try:
-        if path.endswith(".parquet"):
-            table = pandas.read_parquet(path)
-        elif path.endswith((".jsonl", ".json")):
-            table = pandas.read_json(path, lines=True, dtype=False)
-        else:
-            with open(path, encoding="utf-8-sig") as f:
-                tabs = {"sep": "\t", "quoting": csv.QUOTE_NONE} if "\t" in f.readline() else {}
-            table = pandas.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig",
-                                    **tabs)
-            if not isinstance(table.index, pandas.RangeIndex):  # pandas makes row names of them
-                raise ValueError("more cells in a row than in the header")
+        table = read_table(path)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or runtime.first_line(error)
         raise UserError(f"{path} cannot be read: {reason}") from error
@@ -115,10 +122,10 @@ def read_pairs(path, columns=COLUMNS):
         raise UserError(f"{path} holds no pairs, only a header or nothing")
     table = table.rename(columns={old: new for old, new in MSR_COLUMNS.items()
                                   if old not in columns and new not in table})
-    for column in columns:
-        if column not in table:
-            raise UserError(f"{path} has no column {column}, only {', '.join(map(str, table))}; "
-                            "name the two texts and the label: --columns=FIRST,SECOND,LABEL")
+    missing = [column for column in columns if column not in table]
+    if missing:
+        raise UserError(f"{path} has no column {missing[0]}, only {', '.join(map(str, table))}; "
+                        "give --columns=FIRST,SECOND,LABEL")
     table = table[columns].set_axis([*COLUMNS, "prediction"][: len(columns)], axis=1)
     for name, column in zip(table, columns, strict=True):
         if name not in COLUMNS[:2]:  # 1, 1.0 and " 1 " are one label; -1 is GLUE's "unknown"
@@ -127,7 +134,7 @@ def read_pairs(path, columns=COLUMNS):
         for row, cell in enumerate(table[name], 1):
             if not isinstance(cell, str) or not cell.strip():
                 raise UserError(f"{path}, pair {row}: {column} is empty")
-    return table
+    return table.reset_index(drop=True)
 
 
 def load_pairs(cfg):
@@ -147,25 +154,26 @@ def load_pairs(cfg):
     if not data.keys() & {"train", "validation"}:
         raise UserError("nothing to score: give --validation_file")
     counts = data["train" if "train" in data else "validation"].label.value_counts()
+    if "train" in data:  # a label seen once is a typo, or the column holds numbers
+        counts = counts[(counts > 1) | counts.index.isin(MRPC_NAMES)]
     if set(counts.index) <= set(MRPC_NAMES):  # also where one of the two never occurs
         labels = MRPC_NAMES if columns == COLUMNS else {"0": "0", "1": "1"}
     else:
         numbers = all(label.isdecimal() for label in counts.index)
         labels = {label: label for label in sorted(counts.index, key=int if numbers else None)}
     for split, table in data.items():
-        for row, label in enumerate(table.label, 1):
-            once = split == "train" and counts[label] == 1 and label not in MRPC_NAMES
-            if once or label not in labels:  # a typo, or a column of numbers
-                raise UserError(f"{files[split]}, pair {row}: the label {label!r} is in no other "
-                                f"training pair; known are {', '.join(labels)}"[:300])
+        unknown = table.label[~table.label.isin(list(labels))]
+        if len(unknown):
+            raise UserError(f"{files[split]}, pair {unknown.index[0] + 1}: the label "
+                            f"{unknown.iloc[0]!r} is none of {', '.join(labels)}"[:300])
         data[split] = table.assign(label=table.label.map(list(labels).index))
     if "validation" not in data:
         try:
             data["train"], data["validation"] = train_test_split(
                 data["train"], test_size=0.1, random_state=0, stratify=data["train"].label)
         except ValueError as error:
-            raise UserError(f"no tenth of {cfg.train_file} for validation "
-                            f"({runtime.first_line(error)}): give --validation_file") from error
+            raise UserError(f"{cfg.train_file} is too small to hold out a tenth "
+                            f"({runtime.first_line(error)}); give --validation_file") from error
         print0(f"no --validation_file: a fixed stratified tenth of {cfg.train_file} is held out")
     print0("pairs:", ", ".join(f"{len(table):,} {split}" for split, table in data.items()),
            f"labelled {', '.join(labels.values())}")
@@ -175,17 +183,14 @@ def load_pairs(cfg):
 @contextlib.contextmanager
 def loading(name):
     """One clear error for whatever goes wrong while `name`, a folder or of the hub, is loaded."""
-    if not Path(name).is_dir():
-        from prepare import require_network  # here: local files need nothing of prepare
-
-        # an error at once, not after half a minute of retries
-        require_network("huggingface.co", f"{name} is no folder here; give a local one as --model, "
-                        "and --train_file; or HF_HUB_OFFLINE=1 for what was downloaded before")
+    remedy = "give --train_file and a local folder as --model, or set HF_HUB_OFFLINE=1 to use " \
+             "what was downloaded before"
+    if not Path(name).is_dir():  # an error at once, not after half a minute of retries
+        prepare.require_network("huggingface.co", f"{name} is no folder here; {remedy}")
     try:
         yield
     except Exception as error:  # anything can be wrong with a stranger's folder or a cache
-        raise UserError(f"cannot load {name} ({runtime.first_line(error)}); without network give "
-                        "--train_file and a local folder as --model") from error
+        raise UserError(f"cannot load {name} ({runtime.first_line(error)}); {remedy}") from error
 
 
 # ---------------------------------------------------------------------------------------------
@@ -217,7 +222,7 @@ def load_model(name, accelerator, names=None):
         raise UserError(f"the tokenizer of {name} has no padding token; choose a model like BERT")
     print0(f"model: {name}, {model.num_parameters() / 1e6:.1f}M parameters, "
            f"new: {', '.join(new) or 'nothing'}")
-    return model, tokenizer
+    return model.to(accelerator.device), tokenizer
 
 
 def label_ids(model, labels):
@@ -278,8 +283,7 @@ def predict(cfg, accelerator, model, tokenizer, table):
     for swap in orders:
         pairs = encode(cfg, model, tokenizer, table, swap)
         rows = sorted(range(len(pairs)), key=lambda i: len(pairs[i]["input_ids"]))
-        size = cfg.eval_batch_size
-        batches = [rows[i : i + size] for i in range(0, len(rows), size)]
+        batches = cut(rows, cfg.eval_batch_size)
         for batch in batches[accelerator.process_index :: accelerator.num_processes]:
             inputs = collate([pairs[i] for i in batch]).to(accelerator.device)
             with accelerator.autocast():
@@ -315,16 +319,15 @@ def evaluate(cfg, accelerator, model, tokenizer, table, labels, name, temperatur
     logits = predict(cfg, accelerator, model, tokenizer, table)[:, label_ids(model, labels)]
     truth = torch.tensor(table.label.tolist())
     k, n = len(labels), len(table)
-    counts = torch.bincount(truth * k + logits.argmax(-1), minlength=k * k).view(k, k).numpy()
+    counts = confusion_matrix(truth.numpy(), logits.argmax(-1).numpy(), labels=range(k))
     one_answer = numpy.zeros_like(counts)  # the positive label, or else the most frequent
     one_answer[:, 1 if k == 2 else counts.sum(1).argmax()] = counts.sum(1)
     found = scores(counts) | {"loss": cross_entropy(logits, truth)}
-    found |= {f"baseline_{m}": value for m, value in list(scores(one_answer).items())[:2]}
+    found |= {f"baseline_{m}": scores(one_answer)[m] for m in METRICS[:2]}
     found = {key: float(value) for key, value in found.items()}
     print0(f"{name}, {n:,} pairs:", ", ".join(f"{key} {v:.4f}" for key, v in found.items()))
     if (counts.sum(0) > 0).sum() == 1:
-        only = list(labels.values())[counts.sum(0).argmax()]
-        print0(f"warning: the model calls every pair {only}")
+        print0(f"warning: the model calls every pair {[*labels.values()][counts.sum(0).argmax()]}")
     # A bootstrap over the pairs: to draw n of them is to draw n cells of the confusion matrix.
     drawn = numpy.random.default_rng(0).multinomial(n, counts.ravel() / n, size=10_000)
     for m, values in scores(drawn.reshape(-1, k, k)).items():
@@ -337,12 +340,13 @@ def evaluate(cfg, accelerator, model, tokenizer, table, labels, name, temperatur
     return found, logits, counts
 
 
-def report(cfg, accelerator, data, labels, folder, more, prefix=""):
+def report(cfg, accelerator, data, labels, folder, prefix="", **more):
     """Score the model in `folder`; write results.json, predictions.tsv and confusion.png."""
+    from matplotlib.figure import Figure  # here: training starts without it
+
     model, tokenizer = load_model(folder, accelerator)
-    model.to(accelerator.device)
     out_dir = Path(cfg.out_dir)
-    results = {}
+    results = {"labels": list(labels.values()), "model": folder, **more}
     temperature = None
     for split in [s for s in ("validation", "test") if s in data]:
         found, logits, counts = evaluate(cfg, accelerator, model, tokenizer, data[split], labels,
@@ -351,14 +355,20 @@ def report(cfg, accelerator, data, labels, folder, more, prefix=""):
         (low, high), ece = found["accuracy_interval"], found["ece"]
         print0(f"{split}: accuracy {low:.3f} to {high:.3f} (95 %), calibration error {ece:.3f}, "
                f"{found['ece_scaled']:.3f} at temperature {temperature:.2f}")
-        results[split] = found
+        results |= found if split == "validation" else {"test": found}
         name = prefix + "test-" * (split == "test")
         if accelerator.is_main_process:
             with runtime.disk_errors(out_dir):
-                write_predictions(out_dir / f"{name}predictions.tsv", data[split], logits, labels)
-                draw_confusion(out_dir / f"{name}confusion.png", counts, labels)
-    results = results.pop("validation") | results | {"labels": list(labels.values())}
-    results |= {"model": folder, **more}
+                table = add_predictions(data[split], logits, list(labels))
+                table["label"] = [list(labels)[i] for i in table.label]
+                wrong = table.label != table.prediction
+                order = (table.probability * (1 - 2 * wrong)).argsort()  # worst mistakes first
+                runtime.write_text(out_dir / f"{name}predictions.tsv",
+                                   tab_separated(table.iloc[order]) + "\n")
+                figure = Figure(layout="constrained")
+                picture = ConfusionMatrixDisplay(counts, display_labels=list(labels.values()))
+                picture.plot(ax=figure.subplots(), cmap="Blues", colorbar=False)
+                figure.savefig(out_dir / f"{name}confusion.png")
     write_json(accelerator, out_dir / f"{prefix}results.json", results)
     print0(f"wrote {prefix}results.json, predictions.tsv and confusion.png into {out_dir}")
     return results
@@ -371,35 +381,23 @@ def write_json(accelerator, path, content):
             runtime.write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def write_predictions(path, table, logits, labels):
-    """The pairs, their prediction and its probability as a TSV, worst mistakes first."""
-    probability, guess = (column.numpy() for column in logits.softmax(-1).max(-1))
-    wrong = table.label != guess
-    order = (probability * (1 - 2 * wrong)).argsort(kind="stable")  # surest right ones last
-    table = table.assign(prediction=guess, probability=probability).iloc[order]
-    named = table.assign(**{c: table[c].map(list(labels).__getitem__)
-                            for c in ("label", "prediction")})
-    lines = ["\t".join(" ".join(str(cell).split()) for cell in row)
-             for row in [named.columns, *named.itertuples(index=False)]]
-    runtime.write_text(path, "\n".join(lines) + "\n")
+def add_predictions(table, logits, names):
+    """`table` with the columns prediction and probability. names: of the columns of `logits`."""
+    probability, guess = logits.softmax(-1).max(-1)
+    return table.assign(prediction=[names[i] for i in guess], probability=probability.numpy())
 
 
-def draw_confusion(path, counts, labels):
-    """A picture of how often each label (row) was called what (column)."""
-    from matplotlib.figure import Figure  # here: training starts without it
-    from sklearn.metrics import ConfusionMatrixDisplay
-
-    figure = Figure(figsize=(5, 4.5), layout="constrained")
-    display = ConfusionMatrixDisplay(counts, display_labels=list(labels.values()))
-    display.plot(ax=figure.subplots(), cmap="Blues", colorbar=False, values_format="d")
-    figure.savefig(path, dpi=110)
+def tab_separated(table):
+    """A table as a TSV; white space within a cell becomes one space."""
+    rows = [table.columns, *table.itertuples(index=False)]
+    return "\n".join("\t".join(" ".join(str(cell).split()) for cell in row) for row in rows)
 
 
 def compare(folders):
     """McNemar's exact test: do two models differ on more pairs than chance explains? Returns how
     many pairs only the first and only the second has right, and p."""
-    names = ["test-predictions.tsv", "predictions.tsv"]
-    name = next((n for n in names if all(Path(f, n).exists() for f in folders)), names[1])
+    test = all(Path(folder, "test-predictions.tsv").exists() for folder in folders)
+    name = "test-predictions.tsv" if test else "predictions.tsv"
     paths = [str(Path(f, name) if Path(f).is_dir() else f) for f in folders]
     keys = [*COLUMNS, "prediction"]
     one, other = (read_pairs(path, keys).sort_values(keys) for path in paths)
@@ -407,9 +405,8 @@ def compare(folders):
         raise UserError(f"{paths[0]} and {paths[1]} are not predictions for the same pairs")
     right = [(table.label == table.prediction).values for table in (one, other)]
     only = [int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum())]
-    # both tails of a fair coin thrown once for each pair that only one of them has right
-    tail = sum(math.comb(sum(only), i) for i in range(min(only) + 1))
-    p = min(1.0, 2 * tail / 2 ** sum(only))
+    # a fair coin, thrown once for each pair that only one of them has right
+    p = float(binomtest(only[0], sum(only)).pvalue) if any(only) else 1.0
     for path, hits, alone in zip(paths, right, only, strict=True):
         print0(f"{path}: accuracy {hits.mean():.4f}, {alone} of {len(one):,} pairs right alone")
     print0(f"McNemar's exact test: p = {p:.4f}, {'' if p < 0.05 else 'not '}significant at 5 %")
@@ -418,6 +415,11 @@ def compare(folders):
 
 # ---------------------------------------------------------------------------------------------
 # training
+
+
+def cut(rows, size):
+    """A list in pieces of `size`, the last of them perhaps shorter."""
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
 def epoch_batches(lengths, size, window, seed, epoch):
@@ -430,20 +432,25 @@ def epoch_batches(lengths, size, window, seed, epoch):
     # the fourth number keeps these seeds apart from dropout's (seed, iteration, rank)
     generator = torch.Generator().manual_seed(derive_seed(seed, epoch, 0, 1))
     order = torch.randperm(len(lengths), generator=generator).tolist()
-    if window:
-        chunks = [order[i : i + window * size] for i in range(0, len(order), window * size)]
-        order = [row for chunk in chunks for row in sorted(chunk, key=lengths.__getitem__)]
-    batches = [order[i : i + size] for i in range(0, len(order), size)]
-    if window:
-        batches = [batches[i] for i in torch.randperm(len(batches), generator=generator)]
-    return batches
+    if not window:
+        return cut(order, size)
+    chunks = [sorted(chunk, key=lengths.__getitem__) for chunk in cut(order, window * size)]
+    batches = cut([row for chunk in chunks for row in chunk], size)
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
+
+
+def learning_rate(cfg, iteration, total):
+    """Up linearly over warmup_iters, then linearly down to 0 at `total`."""
+    if iteration < cfg.warmup_iters:
+        return cfg.learning_rate * (iteration + 1) / (cfg.warmup_iters + 1)
+    return cfg.learning_rate * (total - iteration) / (total - cfg.warmup_iters)
 
 
 def forward_backward(cfg, accelerator, model, collate, pairs, iteration):
     """Add the gradients of the mean loss over `pairs`, one iteration's for all processes, to the
     parameters. Returns this process's share of that loss."""
     world = accelerator.num_processes
-    micro_batches = [pairs[i : i + cfg.batch_size] for i in range(0, len(pairs), cfg.batch_size)]
+    micro_batches = cut(pairs, cfg.batch_size)
     mine = micro_batches[accelerator.process_index :: world]
     # Dropout is a function of iteration and process: there is no random state to save.
     torch.manual_seed(derive_seed(cfg.seed, iteration, accelerator.process_index))
@@ -483,63 +490,61 @@ def train(cfg, accelerator, data, labels, stop, start, command):
     world = accelerator.num_processes
     global_batch = cfg.batch_size * cfg.gradient_accumulation_steps * world
     if len(lengths) < global_batch:
-        raise UserError(f"{len(lengths)} training pairs are fewer than one batch of "
-                        f"{global_batch}; give more or a smaller --batch_size")
+        raise UserError(f"{len(lengths)} training pairs are fewer than one batch of {global_batch};"
+                        " lower --batch_size")
     per_epoch = math.ceil(len(lengths) / global_batch)
     total = per_epoch * cfg.max_epochs
     end = min(cfg.max_iters or total, total)
     if cfg.warmup_iters >= total:
         raise UserError(f"--warmup_iters={cfg.warmup_iters} leaves none of {total} iterations", 2)
-    same = {name: getattr(cfg, name) for name in (
-        "model", "seed", "length_window", "both_orders", "max_length", "layer_decay")}
-    same |= {"pairs an iteration": global_batch, "labels": list(labels)}
-    for split in ("train", "validation"):
-        content = data[split].to_csv(index=False).encode()
-        same[f"content of the {split} pairs"] = hashlib.sha256(content).hexdigest()[:12]
+    same = what_stays(cfg, data, labels, global_batch)
+    folder, saved = start
     state = {"iteration": 0, "tokens": 0, "loss_sum": 0.0, "loss_pairs": 0, "skipped": 0,
              "metrics": None, "best_f1": -1.0, "resumed": [], "total": total}
-    folder, saved = start
     if folder:
         runtime.check_same(folder, saved.get("same", {}), same)
         state = saved["state"]
         check_progress(folder, state, end, total)
 
-    def learning_rate(iteration):
-        """Up linearly over warmup_iters, then linearly down to 0 at `total`."""
-        if iteration < cfg.warmup_iters:
-            return cfg.learning_rate * (iteration + 1) / (cfg.warmup_iters + 1)
-        return cfg.learning_rate * (total - iteration) / (total - cfg.warmup_iters)
-
     # ---- optimizer, run folder
     accelerator.free_memory()  # of the run with the seed before
-    optimizer = make_optimizer(cfg, model.to(accelerator.device))
+    optimizer = make_optimizer(cfg, model)
     model, optimizer = accelerator.prepare(model, optimizer)
+    bare = accelerator.unwrap_model(model)
     if folder:
         runtime.load_checkpoint(accelerator, folder, [optimizer])
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and cfg.overwrite:  # last, when nothing can fail any more
         runtime.clear_run(out_dir, *OUTPUTS)
-    run = {"script": "finetune_mrpc.py", "config": asdict(cfg), "same": same,
-           "machine": runtime.describe_machine(accelerator)}
-    write_json(accelerator, out_dir / "run.json", run)
+    info = {"script": "finetune_mrpc.py", "config": asdict(cfg), "same": same, "state": state,
+            "started": saved.get("started") or time.strftime("%Y-%m-%d %H:%M"),
+            "seconds": saved.get("seconds", 0.0), "machine": runtime.describe_machine(accelerator)}
+    write_json(accelerator, out_dir / "run.json", info)
     log = runtime.RunLog(out_dir, end, state["iteration"], accelerator.is_main_process,
                          [*runtime.LOG_COLUMNS, *METRICS], keep_until=state["iteration"])
+    began = log.began - info["seconds"]
     updates = runtime.BadUpdates(state["skipped"])
     print0(f"{accelerator.device.type} x {world}, precision {accelerator.mixed_precision}: "
            f"{end:,} iterations of {global_batch} pairs, {per_epoch:,} an epoch")
+
+    def validate(iteration):
+        with log.stage("evaluation"):
+            return evaluate(cfg, accelerator, bare, tokenizer, data["validation"], labels,
+                            f"iteration {iteration}")[0]
 
     def write(folder):
         """A checkpoint has what --resume needs, best/ is a transformers folder."""
         if folder.name != ".tmp-best":
             accelerator.save_state(str(folder))
-            write_json(accelerator, folder / "run.json", run | {"state": state})
+            info["seconds"] = time.perf_counter() - began
+            write_json(accelerator, folder / "run.json", info)
         elif accelerator.is_main_process:
-            accelerator.unwrap_model(model).save_pretrained(folder)
+            bare.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
 
     # ---- the loop
     batches = None
-    since, tokens_since = time.perf_counter(), state["tokens"]
+    tokens_before, seconds_before = state["tokens"], 0.0
     model.train()
     for iteration in range(state["iteration"], end):
         epoch, k = divmod(iteration, per_epoch)
@@ -549,81 +554,87 @@ def train(cfg, accelerator, data, labels, stop, start, command):
         pairs = [orders[(row + epoch) % len(orders)][row] for row in batches[k]]
 
         # ---- one update: learning rate, forward and backward, step
-        lr = learning_rate(iteration)
-        runtime.set_learning_rate([optimizer], lr)
-        loss = forward_backward(cfg, accelerator, model, collate, pairs, iteration)
-        norm = accelerator.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
-        (loss, norm), signum, late = stop.agree(accelerator, loss * world, norm)
-        bad = updates.count(math.isfinite(loss + norm), iteration + 1)
-        if not bad or accelerator.scaler:  # a scaler skips by itself, and learns from it
-            optimizer.step()
-        optimizer.zero_grad()
+        with log.stage("updates"):
+            lr = learning_rate(cfg, iteration, total)
+            runtime.set_learning_rate([optimizer], lr)
+            loss = forward_backward(cfg, accelerator, model, collate, pairs, iteration)
+            norm = accelerator.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+            (loss, norm), signum, late = stop.agree(accelerator, loss * world, norm)
+            bad = updates.count(math.isfinite(loss + norm), iteration + 1)
+            if not bad or accelerator.scaler:  # a scaler skips by itself, and learns from it
+                optimizer.step()
+            optimizer.zero_grad()
 
-        # ---- log
-        state.update(iteration=iteration + 1, metrics=None, skipped=updates.skipped)
+        # ---- log, and evaluate after each epoch
+        done = iteration + 1
+        epoch_ends = done % per_epoch == 0
+        state.update(iteration=done, skipped=updates.skipped)
         state["tokens"] += sum(len(pair["input_ids"]) for pair in pairs)
         if not bad:
             state["loss_sum"] += loss * len(pairs)
             state["loss_pairs"] += len(pairs)
         row = {}
-        epoch_ends = k + 1 == per_epoch
-        ends = iteration + 1 == end
-        if epoch_ends or ends or (iteration + 1) % cfg.log_interval == 0:
-            speed = round((state["tokens"] - tokens_since) / (time.perf_counter() - since))
-            row = {"iter": iteration + 1, "tokens": state["tokens"], "lr": lr, "loss": loss,
-                   "grad_norm": norm, "tokens_per_s": speed}
-            since, tokens_since = time.perf_counter(), state["tokens"]
-        log.progress(iteration + 1, row and f"loss {loss:.4f}, {row['tokens_per_s']:,} tokens/s")
-
-        # ---- evaluate, save, stop
-        checkpoint = out_dir / f"checkpoint-{iteration + 1:06d}"
-        if not epoch_ends and (ends or signum or late):
-            # before an evaluation amid an epoch: one that resumes ends as one that never stopped
-            runtime.save_checkpoint(accelerator, checkpoint, write, cfg.keep_checkpoints)
-        if epoch_ends or ends:
-            with log.stage("evaluation"):
-                found, *_ = evaluate(cfg, accelerator, accelerator.unwrap_model(model), tokenizer,
-                                     data["validation"], labels, f"iteration {iteration + 1}")
+        if epoch_ends or done == end or done % cfg.log_interval == 0:
+            tokens, seconds = state["tokens"], log.seconds["updates"]
+            speed = round((tokens - tokens_before) / (seconds - seconds_before))
+            tokens_before, seconds_before = tokens, seconds
+            row = {"iter": done, "tokens": tokens, "lr": lr, "loss": loss, "grad_norm": norm,
+                   "tokens_per_s": speed}
+        log.progress(done, row and f"loss {loss:.4f}, {row['tokens_per_s']:,} tokens/s")
+        if epoch_ends:
+            found = validate(done)
             row |= {name: found[name] for name in METRICS} | {"val_loss": found["loss"]}
             row["train_loss"] = state["loss_sum"] / max(1, state["loss_pairs"])
-            if found["f1"] > state["best_f1"] and (epoch_ends or state["best_f1"] < 0):
+            if found["f1"] > state["best_f1"]:
                 runtime.save_checkpoint(accelerator, out_dir / "best", write)
                 state["best_f1"] = found["f1"]
             state.update(metrics=found, loss_sum=0.0, loss_pairs=0)
+
+        # ---- save, stop
         if row:
             log.write(row)
-        if epoch_ends:
+        if epoch_ends or done == end or signum or late:
+            checkpoint = out_dir / f"checkpoint-{done:06d}"
             runtime.save_checkpoint(accelerator, checkpoint, write, cfg.keep_checkpoints)
-        if epoch_ends or ends or late:
             stop.saved_at = time.monotonic()
-            since = time.perf_counter()
         if signum:
             log.close()
             stop.exit(signum, out_dir, command)
 
     # ---- the best epoch, by F1 on the validation pairs
+    if end % per_epoch:  # no checkpoint knows of this: one that resumes ends as if never stopped
+        state["metrics"] = validate(end)
+        if state["best_f1"] < 0:
+            runtime.save_checkpoint(accelerator, out_dir / "best", write)
     print0("time:", log.close())
-    minutes = (time.perf_counter() - log.began) / 60
-    if not state["metrics"]:  # resumed where it had ended amid an epoch
-        state["metrics"], *_ = evaluate(cfg, accelerator, accelerator.unwrap_model(model),
-                                        tokenizer, data["validation"], labels, "last iteration")
     if accelerator.is_main_process:
         with runtime.disk_errors(out_dir):
-            runtime.plot_log(out_dir / "log.csv", out_dir / "loss.png", f"{cfg.model} on pairs",
-                             METRICS[:2], "pair", state["resumed"])
-    more = {"seed": cfg.seed, "last": state["metrics"], "minutes": minutes}
-    return report(cfg, accelerator, data, labels, str(out_dir / "best"), more)
+            runtime.plot_log(out_dir / "log.csv", out_dir / "loss.png", str(out_dir), METRICS[:2],
+                             "pair", state["resumed"])
+    return report(cfg, accelerator, data, labels, str(out_dir / "best"), seed=cfg.seed,
+                  last=state["metrics"], minutes=(time.perf_counter() - began) / 60)
+
+
+def what_stays(cfg, data, labels, global_batch):
+    """{name: value} of what a checkpoint is bound to."""
+    names = ("model", "seed", "length_window", "both_orders", "max_length", "layer_decay")
+    same = {name: getattr(cfg, name) for name in names}
+    same |= {"pairs an iteration": global_batch, "labels": list(labels)}
+    for split in ("train", "validation"):
+        content = data[split].to_csv(index=False).encode()
+        same[f"content of the {split} pairs"] = hashlib.sha256(content).hexdigest()[:12]
+    return same
 
 
 def check_progress(folder, state, end, total):
-    """Say what resuming does. Raises UserError where less is asked for than is done."""
+    """Print what resuming does. Raises UserError where less is asked for than is done."""
     done = state["iteration"]
     extend = "to extend it give a higher --max_iters (0: all) or --max_epochs"
     if end < done:
         raise UserError(f"{folder} is past the {end} iterations asked for; {extend}", 2)
     print0(f"resuming from {folder}")
     if end == done:
-        print0(f"the run is finished at iteration {done}; {extend} beside --resume")
+        print0(f"the run is finished at iteration {done}; {extend}")
     if total != state["total"]:
         print0(f"the learning rate now falls to 0 at iteration {total}, not {state['total']}")
     state["resumed"].append(done)
@@ -637,37 +648,38 @@ def train_seeds(cfg, accelerator, data, labels, stop, seeds, command):
     for seed in seeds:  # all folders are looked at before the first run starts
         folder = out_dir / f"seed-{seed}"
         resume = cfg.resume and bool(runtime.checkpoints(folder))
-        one = replace(cfg, seed=seed, out_dir=str(folder), resume=resume,
+        one = replace(cfg, seed=seed, seeds="", out_dir=str(folder), resume=resume,
                       overwrite=cfg.overwrite or (cfg.resume and not resume))
         jobs.append((one, runtime.find_run(folder, resume, one.overwrite)))
-    write_json(accelerator, out_dir / "run.json", {"config": asdict(cfg)})
+    info = {"script": "finetune_mrpc.py", "config": asdict(cfg),
+            "started": time.strftime("%Y-%m-%d %H:%M")}
+    write_json(accelerator, out_dir / "run.json", info)
     runs = []
     for one, start in jobs:
         print0(f"\nseed {one.seed}, in {one.out_dir}")
         Path(one.out_dir).mkdir(exist_ok=True)
         runs.append(train(one, accelerator, data, labels, stop, start, command))
-    results = {"seeds": seeds, "runs": runs, "n": runs[0]["n"]}
-    for kind in ["best", "last", *(["test"] if "test" in data else [])]:
-        found = runs if kind == "best" else [run[kind] for run in runs]
-        into = results if kind == "best" else results.setdefault(kind, {})
-        for name in [*METRICS, "loss", "baseline_accuracy", "baseline_f1"]:
-            values = [run[name] for run in found]
-            into[name] = float(numpy.mean(values))
-            into[f"{name}_std"] = float(numpy.std(values, ddof=1))
-        figures = [f"{m} {into[m]:.4f} +- {into[m + '_std']:.4f}" for m in METRICS]
-        print0(f"{kind}, mean and deviation of {len(seeds)} seeds: {', '.join(figures)}")
+    figures = pandas.json_normalize(runs).drop(columns="seed").select_dtypes("number")
+    mean, deviation = figures.mean(), figures.std()
+    results = {"seeds": seeds, **mean, **deviation.add_suffix("_std"), "n": runs[0]["n"],
+               "runs": runs}
+    for name in [name for name in figures if name.split(".")[-1] in METRICS]:
+        print0(f"{name}, mean and deviation of {len(seeds)} seeds: {mean[name]:.4f} +- "
+               f"{deviation[name]:.4f}")
     best = out_dir / f"seed-{max(runs, key=lambda run: run['f1'])['seed']}"
 
     def copy_best(temporary):
         if accelerator.is_main_process:
-            shutil.copytree(best / "best", temporary, dirs_exist_ok=True)
-            (temporary / "SHA256SUMS").unlink()
+            shutil.copytree(best / "best", temporary, dirs_exist_ok=True,
+                            ignore=shutil.ignore_patterns("SHA256SUMS"))
 
     runtime.save_checkpoint(accelerator, out_dir / "best", copy_best)
     if accelerator.is_main_process:
         for path in [best / name for name in OUTPUTS[1:] if (best / name).exists()]:
             shutil.copy(path, out_dir)
     write_json(accelerator, out_dir / "results.json", results)
+    info["seconds"] = 60 * sum(run["minutes"] for run in runs)
+    write_json(accelerator, out_dir / "run.json", info)
     return results
 
 
@@ -678,30 +690,26 @@ def train_seeds(cfg, accelerator, data, labels, stop, seeds, command):
 def finetuned_model(cfg):
     """The folder or name for --eval_only and --predict: a --model with a head, or out_dir/best."""
     config, best = Path(cfg.model, "config.json"), Path(cfg.out_dir, "best")
-    if config.is_file() and b"ForSequenceClassification" in config.read_bytes():
+    has_head = config.is_file() and b"ForSequenceClassification" in config.read_bytes()
+    if has_head or (cfg.model != Config.model and not best.is_dir()):
         return cfg.model
-    if not best.is_dir() and cfg.model == Config.model:
+    if not best.is_dir():
         raise UserError(f"{best} does not exist; train first, or name a fine-tuned --model")
-    return str(best) if best.is_dir() else cfg.model
+    return str(best)
 
 
 def print_predictions(cfg, accelerator):
-    """Print what the model thinks of a file's pairs (a TSV) or of two texts (a line), and how
-    surely. Returns the table."""
+    """Print the predictions for a file's pairs (a TSV) or two texts (a line); returns a table."""
     if len(cfg.predict) == 2:
         table = pandas.DataFrame([cfg.predict], columns=COLUMNS[:2])
     else:
         table = read_pairs(cfg.predict[0], cfg.columns.split(",")[:2])
     model, tokenizer = load_model(finetuned_model(cfg), accelerator)
-    logits = predict(cfg, accelerator, model.to(accelerator.device), tokenizer, table)
-    probability, guess = (column.tolist() for column in logits.softmax(-1).max(-1))
-    table["prediction"] = [model.config.id2label[i] for i in guess]
-    table["probability"] = probability
-    if len(cfg.predict) == 2:
-        print0(f"{table.prediction[0]} {probability[0]:.4f}")
-    else:
-        for row in [table.columns, *table.itertuples(index=False)]:
-            print0("\t".join(" ".join(str(cell).split()) for cell in row))
+    logits = predict(cfg, accelerator, model, tokenizer, table)
+    names = [model.config.id2label[i] for i in range(len(model.config.id2label))]
+    table = add_predictions(table, logits, names)
+    one = f"{table.prediction[0]} {table.probability[0]:.4f}"
+    print0(one if len(cfg.predict) == 2 else tab_separated(table))
     return table
 
 
@@ -739,15 +747,6 @@ def check_folder(cfg):
         raise UserError(f"{foreign} is another model's; choose another --out_dir", 2)
 
 
-def saved_settings(cfg, saved):
-    """`cfg` with the settings in the run.json `saved`, but for those that are given now."""
-    given = getattr(cfg, "given", None) or set(changed(cfg))
-    names = {f.name for f in fields(cfg)} - {*given, "out_dir", "resume", "overwrite", "predict"}
-    if not isinstance(saved.get("config"), dict):
-        raise UserError(f"{cfg.out_dir} holds no run of this script; choose another --out_dir")
-    return replace(cfg, **{k: v for k, v in saved["config"].items() if k in names - {"compare"}})
-
-
 def main(cfg):
     """Train, score, predict or compare. Returns the results, as in results.json."""
     check_config(cfg)
@@ -759,16 +758,15 @@ def main(cfg):
     runtime.save_plain_names(accelerator)
     if cfg.predict:
         return print_predictions(cfg, accelerator)
-    out_dir = Path(cfg.out_dir)
-    if not cfg.eval_only:
-        check_folder(cfg)
     with contextlib.ExitStack() as held:
+        if not cfg.eval_only:
+            check_folder(cfg)
         if accelerator.is_main_process:
-            held.callback(runtime.lock_folder(out_dir).release)
+            held.callback(runtime.lock_folder(cfg.out_dir).release)
         if not cfg.eval_only:
             return run(cfg, accelerator, held)
         data, labels = load_pairs(cfg)
-        return report(cfg, accelerator, data, labels, finetuned_model(cfg), {}, "eval-")
+        return report(cfg, accelerator, data, labels, finetuned_model(cfg), "eval-")
 
 
 def run(cfg, accelerator, held):
@@ -778,11 +776,13 @@ def run(cfg, accelerator, held):
     if several and (out_dir / "log.csv").exists():
         raise UserError(f"{out_dir} holds a run with one seed; choose another --out_dir")
     if several and cfg.resume:
-        start = None, {}
+        folder, saved = None, runtime.read_run(out_dir)
     else:
-        start = runtime.find_run(out_dir, cfg.resume, cfg.overwrite)
+        folder, saved = runtime.find_run(out_dir, cfg.resume, cfg.overwrite)
     if cfg.resume:
-        cfg = saved_settings(cfg, runtime.read_run(out_dir) if several else start[1])
+        if not isinstance(saved.get("config"), dict):
+            raise UserError(f"{out_dir} holds no run of this script; choose another --out_dir")
+        cfg = runtime.resume_settings(cfg, saved["config"] | {"predict": (), "compare": ()})
     seeds = check_config(cfg)
     print0("configuration:", ", ".join(f"{k}={v!r}" for k, v in changed(cfg).items()) or "defaults")
     data, labels = load_pairs(cfg)
@@ -791,7 +791,7 @@ def run(cfg, accelerator, held):
     held.callback(stop.release)
     if seeds:
         return train_seeds(cfg, accelerator, data, labels, stop, seeds, command)
-    return train(cfg, accelerator, data, labels, stop, start, command)
+    return train(cfg, accelerator, data, labels, stop, (folder, saved), command)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ class GPTConfig:
     rms_norm: bool = False  # RMSNorm instead of LayerNorm
     swiglu: bool = False  # SwiGLU instead of the tanh GELU
     qk_norm: bool = False  # RMSNorm on queries and keys, before the rotation
+    embd_norm: bool = False  # RMSNorm without weights on token embeddings; export folds it into wte
     norm_eps: float = 1e-5  # of every norm
 
     def __post_init__(self):
@@ -210,6 +211,8 @@ class GPT(nn.Module):
         """idx (B, T) -> (B, T, C) after the last norm. With a cache (sample.KVCache), idx follows
         the tokens whose keys and values it holds."""
         x = self.transformer.wte(idx)  # (B, T, C)
+        if self.config.embd_norm:
+            x = F.rms_norm(x, (x.size(-1),), eps=self.config.norm_eps)
         if cache is None:
             positions = torch.arange(idx.size(1), device=idx.device)
         else:

@@ -71,7 +71,6 @@ from runtime import UserError, first_line, lock_folder, print0, remove, run_scri
 END_OF_TEXT = "<|endoftext|>"
 ENDS = (END_OF_TEXT, "<|end_of_text|>", "<|im_end|>", "</s>", "<eos>", "[SEP]")  # by preference
 PIECE = 1 << 16  # characters tokenized at a time; a thread takes 32 pieces
-PROBE = 1 << 14  # characters of every 32 pieces that are decoded again, to find losses
 SAMPLE = 1 << 26  # characters that train a BPE: more change little and cost memory
 FORMAT_VERSION = 1
 SPLITS = ("train", "val")
@@ -84,24 +83,27 @@ LONG_RUN = r"\p{L}{128}|[^\p{L}\s]{128}|\s{128}"
 
 def hide_secrets(source):
     """`source`, of a URL without user, password and query: what may be shown and stored."""
-    url = re.fullmatch(r"(https?://)(?:[^/?#\s]*@)?([\w.-]+|\[[\da-f:.]+\])(:\d+)?(/[^?#\s]*)?"
-                       r"(?:[?#]\S*)?", source, re.I)
-    if not url and re.match(r"(?!hf:)\w{2,}:/", source):  # not quoted: it may hold a password
+    if not re.match(r"(?!hf:)\w{2,}:/", source):
+        return source
+    host = r"(?:[\w.-]+|\[[\da-f:.]+\])(?::\d+)?"
+    url = re.fullmatch(rf"(https?://)(?:[^/?#\s]*@)?({host}(?:/[^?#\s]*)?)(?:[?#]\S*)?", source,
+                       re.I)
+    if not url:  # not quoted: it may hold a password
         raise UserError("--source: a URL must read https://host/path, without blanks", 2)
-    return "".join(part or "" for part in url.groups()) if url else source
+    return url[1] + url[2]
 
 
 def require_network(host="huggingface.co", remedy="HF_HUB_OFFLINE=1 uses what is on this machine"):
     """Raise UserError at once where `host` cannot be reached: clients retry for half a minute.
     HF_HUB_OFFLINE skips the test for the hub, whose clients then look into their cache only."""
-    hub = host == "huggingface.co"
-    if hub and os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        return
-    mirror = os.environ.get("HF_ENDPOINT") if hub else None
+    url = f"https://{host}"
+    if host == "huggingface.co":
+        if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+            return
+        url = os.environ.get("HF_ENDPOINT", url)
     try:
-        requests.head(mirror or f"https://{host}", timeout=2)
-    except requests.ReadTimeout:
-        pass  # slow, but there
+        with contextlib.suppress(requests.ReadTimeout):  # slow, but there
+            requests.head(url, timeout=2)
     except OSError:
         raise UserError(f"cannot reach {host}; {remedy}") from None
 
@@ -114,23 +116,21 @@ def fetch(url, raw_dir):
     digest = hashlib.sha256(re.sub(r"//[^/?#]*@", "//", url).encode()).hexdigest()[:8]
     path = Path(raw_dir, f"raw-{digest}-{name}")
     if not path.exists():
-        aside = path.with_name(f".tmp-{path.name}")
-        aside.parent.mkdir(parents=True, exist_ok=True)
         print0(f"downloading {shown} to {path}")
+        aside = path.with_name(f".tmp-{path.name}")
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             with requests.get(url, stream=True, timeout=(10, 60)) as answer, open(aside, "wb") as f:
                 answer.raise_for_status()
                 f.writelines(answer.iter_content(1 << 16))
         except (OSError, ValueError) as error:  # those of requests are OSErrors
-            aside.unlink(missing_ok=True)
-            why = getattr(error, "strerror", None) or type(error).__name__
-            why = getattr(getattr(error, "response", None), "status_code", why)
+            why = getattr(getattr(error, "response", None), "status_code", type(error).__name__)
             raise UserError(f"cannot download {shown} ({why}); put it at {path} by hand, or use "
                             "--dataset=stdlib, which needs no network") from None
         aside.replace(path)
     wanted = {source: checksum for source, _, _, checksum in PRESETS.values()}.get(url)
     if wanted and sha256(path) != wanted:
-        raise UserError(f"{path} has SHA-256 {sha256(path)}, not {wanted}; delete it to try again")
+        raise UserError(f"{path} has not SHA-256 {wanted}; delete it to try again")
     return path
 
 
@@ -143,6 +143,8 @@ def source_files(sources, raw_dir):
     """Presets' names, files, folders, globs and URLs (a str or several) -> the local text files, a
     list of Paths in one order everywhere. Prints what a folder leaves out; downloads to raw_dir."""
     sources = (sources,) if isinstance(sources, str) else sources
+    if "" in sources:  # an unset shell variable, which would be the current folder
+        raise UserError("--source is empty; name a file, folder, glob or URL", 2)
     files = []
     for source in map(preset_source, sources):
         if source == "stdlib":
@@ -152,14 +154,14 @@ def source_files(sources, raw_dir):
         elif re.match("https?://", hide_secrets(source), re.I):
             found = [fetch(source, raw_dir)]
         elif Path(source).is_dir():
-            there = [p for p in Path(source).rglob("*") if p.is_file()]
-            found = [p for p in there if p.suffix.lower() in (".txt", ".md")]
-            others = Counter(p.suffix or p.name for p in set(there) - set(found))
-            kinds = ", ".join(f"{n:,} {kind}" for kind, n in others.most_common(5)) or "nothing"
-            print0(f"{source}: {len(found):,} .txt and .md files; left out {kinds}")
+            there = {p for p in Path(source).rglob("*") if p.is_file()}
+            found = {p for p in there if p.suffix.lower() in (".txt", ".md")}
+            kinds = Counter(p.suffix or p.name for p in there - found).most_common(5)
+            left_out = ", ".join(f"{n:,} {kind}" for kind, n in kinds) or "nothing"
+            print0(f"{source}: {len(found):,} .txt and .md files; left out {left_out}")
         else:
-            found = [source] if Path(source).is_file() else glob(source, recursive=True)
-            found = [Path(p) for p in found if Path(p).is_file()]
+            names = [source] if Path(source).is_file() else glob(source, recursive=True)
+            found = [Path(name) for name in names if Path(name).is_file()]
         if not found:
             raise UserError(f"--source {source}: no such file, no folder with .txt or .md files, "
                             f"no glob as '{source}/**/*.py', no preset ({', '.join(PRESETS)})")
@@ -173,22 +175,18 @@ def split_of(checksum, val_fraction):
 
 
 def choose_splits(files, sums, val_fraction):
-    """'train', 'val' or 'both' (its last characters validate) for each of several files.
-
-    Whole documents go by their hash. Where they are few or uneven, so that the share of the bytes
-    is not about val_fraction, all are 'both': a whole language might be held out, or nothing.
-    """
+    """'train', 'val' or 'both' (its last characters validate) for each of several files. Where
+    documents are few or uneven a whole language might validate, or nothing: all are 'both'."""
     splits = [split_of(checksum, val_fraction) for checksum in sums]
-    sizes = [path.stat().st_size for path in files]
-    val = [k for k, split in enumerate(splits) if split == "val"]
-    share = sum(sizes[k] for k in val) / sum(sizes)
-    if len(files) < 20 or not val_fraction / 2 <= share <= min(2 * val_fraction, 0.99):
-        print0(f"the last {val_fraction:.0%} of the characters of each of the {len(files):,} "
-               "documents validate: they are too few or uneven to hold out whole ones")
-        return ["both"] * len(files)
-    print0(f"{len(val):,} of {len(files):,} documents validate, {share:.1%} of the bytes: "
-           f"{', '.join(files[k].name for k in val[:3])}{', ...' if len(val) > 3 else ''}")
-    return splits
+    val = [path for path, split in zip(files, splits, strict=True) if split == "val"]
+    share = sum(p.stat().st_size for p in val) / sum(p.stat().st_size for p in files)
+    if len(files) >= 20 and val_fraction / 2 <= share <= min(2 * val_fraction, 0.99):
+        print0(f"{len(val):,} of {len(files):,} documents validate, {share:.1%} of the bytes: "
+               f"{', '.join(path.name for path in val[:3])}, ...")
+        return splits
+    print0(f"the last {val_fraction:.0%} of the characters of each of the {len(files):,} "
+           "documents validate: they are too few or uneven to hold out whole ones")
+    return ["both"] * len(files)
 
 
 def read_pieces(f, left=math.inf):
@@ -208,9 +206,8 @@ def read_pieces(f, left=math.inf):
                 yield rest[:cut]
                 rest = rest[cut:]
     except UnicodeDecodeError as error:
-        offset = f.buffer.tell() - len(error.object) + error.start
-        raise UserError(f"{f.name} is not UTF-8: byte {error.object[error.start]:#04x} at offset "
-                        f"{offset}; convert it: iconv -f ENCODING -t utf-8 {f.name}") from None
+        raise UserError(f"{f.name} is not UTF-8 ({error.reason}); convert it: "
+                        f"iconv -f ENCODING -t utf-8 {f.name}") from None
     if rest:
         yield rest
 
@@ -219,25 +216,23 @@ def read_files(files, splits, val_fraction, one_text):
     """Yield (split, text, ends a document) over files; splits: what becomes of each."""
     for file, split in zip(files, splits, strict=True):
         with open(file, encoding="utf-8", newline="") as f:  # keeps byte-order mark and CRLF
+            parts = [(split, math.inf)]
             if split == "both":
-                total = sum(len(piece) for piece in read_pieces(f))
+                total = sum(map(len, read_pieces(f)))
                 f.seek(0)
-                for piece in read_pieces(f, int(total * (1 - val_fraction))):
-                    yield "train", piece, False
-                yield "train", "", not one_text
-                split = "val"
-            for piece in read_pieces(f):
-                yield split, piece, False
-            yield split, "", not one_text
+                parts = [("train", int(total * (1 - val_fraction))), ("val", math.inf)]
+            for part, length in parts:
+                for piece in read_pieces(f, length):
+                    yield part, piece, False
+                yield part, "", not one_text
 
 
 def read_hub(source, val_fraction, i, n):
     """Yield (split, text, True) over slice i of n of hf:REPO[:CONFIG[:COLUMN]], streamed."""
     repo, config, column = (source.removeprefix("hf:").split(":") + ["", ""])[:3]
     column = column or "text"
-    remedy = f"{source} needs a network, --dataset=stdlib does not"
     if not Path(repo).exists():
-        require_network(remedy=remedy)
+        require_network(remedy=f"{source} needs a network, --dataset=stdlib does not")
     import datasets  # it takes seconds
     from datasets.distributed import split_dataset_by_node
 
@@ -246,14 +241,15 @@ def read_hub(source, val_fraction, i, n):
         for row in split_dataset_by_node(rows, i, n):
             text = row.get(column, 0) or ""
             if column not in row or not isinstance(text, str):
-                raise UserError(f"{source}: no text column {column!r}; the columns are "
-                                f"{', '.join(row)}: --source hf:{repo}:{config}:COLUMN", 2)
+                raise UserError(f"{source}: no text column {column!r}, only {', '.join(row)}: "
+                                f"--source hf:{repo}:{config}:COLUMN", 2)
             checksum = hashlib.sha256(text.encode()).hexdigest()
             yield split_of(checksum, val_fraction), text, True
     except UserError:
         raise
     except Exception as error:  # of datasets, fsspec, httpx or pyarrow: no common class
-        raise UserError(f"cannot read {source}: {str(error)[:300]}; {remedy}") from error
+        raise UserError(f"cannot read {source}: {str(error)[:300]}; --dataset=stdlib needs no "
+                        "network") from error
 
 
 # --- tokenizers ------------------------------------------------------------------------------
@@ -265,8 +261,10 @@ class Tokenizer:
     name: what meta.json says; vocab_size; eot_id: the end-of-text token's id, or None.
     """
 
+    made_here = False
+
     def __init__(self, name, engine, eot_id=None):
-        self.name, self.engine, self.unk_id = name, engine, None
+        self.name, self.engine = name, engine
         self.tiktoken = isinstance(engine, tiktoken.Encoding)
         if self.tiktoken:
             self.vocab_size, self.eot_id = engine.n_vocab, engine.eot_token
@@ -276,7 +274,6 @@ class Tokenizer:
         engine.no_padding()
         vocabulary = engine.get_vocab()
         self.vocab_size = max(vocabulary.values(), default=-1) + 1  # ids may have gaps
-        self.unk_id = vocabulary.get(getattr(engine.model, "unk_token", None))
         known = (vocabulary[end] for end in ENDS if end in vocabulary)
         self.eot_id = next(known, None) if eot_id is None else eot_id
 
@@ -294,37 +291,31 @@ class Tokenizer:
 
     def decode(self, ids):
         """Token ids -> str; bytes that are no UTF-8 become U+FFFD, ids without a token nothing."""
-        ids = [int(i) for i in ids]
         if not self.tiktoken:
-            return self.engine.decode(ids, skip_special_tokens=False)
-        try:
-            return self.engine.decode(ids)
-        except KeyError:  # of a head padded past the vocabulary, or of the gaps in cl100k_base
-            known = []
-            for i in ids:
-                with contextlib.suppress(KeyError):
-                    known.append(self.engine.decode_single_token_bytes(i))
-            return b"".join(known).decode("utf-8", "replace")
+            return self.engine.decode([int(i) for i in ids], skip_special_tokens=False)
+        known = []
+        for i in ids:
+            with contextlib.suppress(KeyError):  # a head padded past the vocabulary, or a gap
+                known.append(self.engine.decode_single_token_bytes(int(i)))
+        return b"".join(known).decode("utf-8", "replace")
 
-    def count_lost(self, text):
-        """About how many characters of `text` do not come back from its tokens."""
-        again = text if self.tiktoken else self.decode(self.encode(text))
-        if len(again) != len(text):  # a blank in front of every text is no loss
-            return abs(len(again) - len(text)) * (again != " " + text)
-        return sum(a != b for a, b in zip(again, text, strict=True))
+    def count_lost(self, text, ids):
+        """About how many characters of `text` do not come back from its token ids."""
+        # tiktoken's encodings and what is made here hold every byte or character of the text
+        again = text if self.tiktoken or self.made_here else self.decode(ids)
+        if again in (text, " " + text):  # a blank in front of every text is no loss
+            return 0
+        wrong = sum(a != b for a, b in zip(again, text, strict=False))
+        return min(len(text), wrong if len(again) == len(text) else abs(len(again) - len(text)))
 
 
 def tokenizer_files(folder):
     """{file name: text} of a data folder's or checkpoint's meta.json and tokenizer.json, if any. A
     run reads them once, and writes them into its checkpoints: the folder may be made anew."""
-    meta = read_meta(folder)
-    files = {"meta.json": json.dumps(meta, indent=2) + "\n"}
-    if meta["tokenizer"].endswith(".json"):  # only that name: a stranger's may lead elsewhere
-        path = shard_folders(folder)[0] / "tokenizer.json"
-        try:
-            files[path.name] = path.read_bytes().decode()
-        except (OSError, ValueError) as error:
-            raise UserError(f"tokenizer file {path} cannot be read: {error}") from None
+    files = {"meta.json": json.dumps(read_meta(folder), indent=2) + "\n"}
+    tokenizer = load_tokenizer(folder)
+    if not tokenizer.tiktoken:
+        files[tokenizer.name] = (shard_folders(folder)[0] / tokenizer.name).read_bytes().decode()
     return files
 
 
@@ -333,7 +324,7 @@ def load_tokenizer(folder):
     meta = read_meta(folder)
     if not meta["tokenizer"].endswith(".json"):
         return open_tiktoken(meta["tokenizer"])
-    path = shard_folders(folder)[0] / "tokenizer.json"
+    path = shard_folders(folder)[0] / "tokenizer.json"  # a stranger's name may lead elsewhere
     tokenizer = Tokenizer(path.name, open_tokenizer_file(path), meta["eot_id"])
     same = meta["tokenizer_sha256"] in (None, sha256(path))
     if tokenizer.vocab_size != meta["vocab_size"] or not same:
@@ -367,9 +358,9 @@ def find_eot_id(engine, folder):
 
 def open_tiktoken(name):
     """The Tokenizer of tiktoken's encoding `name`. UserError if there is none or no network."""
-    if name not in tiktoken.list_encoding_names():
-        names = ", ".join(["bpe", "char", *tiktoken.list_encoding_names()])
-        raise UserError(f"tokenizer {name}: no tokenizer.json, no folder, none of {names}", 2)
+    names = tiktoken.list_encoding_names()
+    if name not in names:
+        raise UserError(f"tokenizer {name}: no file, none of bpe, char, {', '.join(names)}", 2)
     try:
         return Tokenizer(name, tiktoken.get_encoding(name))
     except (OSError, ValueError) as error:
@@ -378,8 +369,7 @@ def open_tiktoken(name):
 
 
 def default_vocab_size(n_bytes):
-    """Tokens of a BPE for a text of n_bytes: 2 sqrt(n) as a power of two, from 512 to 4,096, so
-    that a small text repeats its tokens, too."""
+    """Tokens of a BPE for a text: 2 sqrt(bytes) as a power of two, so that small ones repeat."""
     return min(4096, max(512, 2 ** round(math.log2(2 * math.sqrt(n_bytes)))))
 
 
@@ -389,6 +379,16 @@ def make_tokenizer(name, pieces, n_bytes=None, vocab_size=None):
     if name.endswith(".json"):
         engine = open_tokenizer_file(name)
         return Tokenizer("tokenizer.json", engine, find_eot_id(engine, Path(name).parent))
+    if name not in ("bpe", "char"):
+        return open_tiktoken(name)
+    engine = train_tokenizer(name, pieces, n_bytes, vocab_size)
+    tokenizer = Tokenizer("tokenizer.json", engine)
+    tokenizer.made_here = True
+    return tokenizer
+
+
+def train_tokenizer(name, pieces, n_bytes, vocab_size):
+    """A tokenizers.Tokenizer made from the text: 'char' or 'bpe'; see make_tokenizer."""
     if name == "char":
         characters = sorted(set().union(*(text for _, text, _ in pieces())))
         vocabulary = {c: i for i, c in enumerate([*characters, END_OF_TEXT])}
@@ -396,23 +396,20 @@ def make_tokenizer(name, pieces, n_bytes=None, vocab_size=None):
         engine.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
         engine.decoder = decoders.Fuse()
         engine.add_special_tokens([END_OF_TEXT])
-    elif name == "bpe":
-        engine = HFTokenizer(models.BPE())
-        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        cut = pre_tokenizers.Split(Regex(LONG_RUN), "isolated")
-        engine.pre_tokenizer = pre_tokenizers.Sequence([cut, byte_level])
-        engine.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size, special_tokens=[END_OF_TEXT],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
-        print0(f"training a BPE of {vocab_size:,} tokens ...")
-        # Every k-th piece, so that about SAMPLE characters are counted; of a stream the first ones.
-        stop = None if n_bytes else SAMPLE // PIECE * 16
-        sample = itertools.islice(pieces(), 0, stop, (n_bytes or 0) // SAMPLE + 1)
-        engine.train_from_iterator((text for _, text, _ in sample), trainer)
-    else:
-        return open_tiktoken(name)
-    return Tokenizer("tokenizer.json", engine)
+        return engine
+    engine = HFTokenizer(models.BPE())
+    cut = pre_tokenizers.Split(Regex(LONG_RUN), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    engine.pre_tokenizer = pre_tokenizers.Sequence([cut, byte_level])
+    engine.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END_OF_TEXT],
+                                  initial_alphabet=byte_level.alphabet(), show_progress=False)
+    print0(f"training a BPE of {vocab_size:,} tokens ...")
+    # Every k-th piece, so that about SAMPLE characters are counted; of a stream the first ones.
+    stop = None if n_bytes else SAMPLE // PIECE * 16
+    sample = itertools.islice(pieces(), 0, stop, (n_bytes or 0) // SAMPLE + 1)
+    engine.train_from_iterator((text for _, text, _ in sample), trainer)
+    return engine
 
 
 # --- tokens -> files -------------------------------------------------------------------------
@@ -437,21 +434,21 @@ def write_splits(folder, pieces, tokenizer, n_bytes):
     """
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     counts = dict.fromkeys(COUNTS, 0)
-    losses = np.zeros(4)  # unknown tokens, of all; characters lost, of those probed
+    lost = characters = 0
 
     def write_header(f, n):  # as long for every n
+        f.seek(0)
         fields = {"descr": dtype.str, "fortran_order": False, "shape": (n,)}
         np.lib.format.write_array_header_1_0(f, fields)
 
     def tokenize(group):
-        rows = tokenizer.encode_batch([text for _, text, _ in group])
-        unknown = sum(np.count_nonzero(ids == tokenizer.unk_id) for ids in rows)
-        probe = max((text for _, text, _ in group), key=len)[:PROBE]
-        lost = [unknown, sum(map(len, rows)), tokenizer.count_lost(probe), len(probe)]
-        for row, (split, text, ends) in enumerate(group):
-            ids = np.append(rows[row], tokenizer.eot_id) if ends else rows[row]
-            rows[row] = split, ids.astype(dtype), len(text.encode())
-        return rows, lost
+        rows = []
+        texts = [text for _, text, _ in group]
+        for (split, text, ends), ids in zip(group, tokenizer.encode_batch(texts), strict=True):
+            missing = tokenizer.count_lost(text, ids)
+            ids = np.append(ids, tokenizer.eot_id) if ends else ids
+            rows.append((split, text, ids.astype(dtype), missing))
+        return rows
 
     with contextlib.ExitStack() as stack:
         files = {s: stack.enter_context(open(folder / f".tmp-{s}.npy", "wb")) for s in SPLITS}
@@ -459,21 +456,20 @@ def write_splits(folder, pieces, tokenizer, n_bytes):
         for f in files.values():
             write_header(f, 0)
         groups = iter(lambda: list(itertools.islice(pieces, 32)), [])
-        for rows, lost in in_order(tokenize, groups, os.cpu_count() or 1):
-            losses += lost
-            for split, ids, size in rows:
-                files[split].write(ids)
-                counts[f"{split}_tokens"] += len(ids)
-                counts[f"{split}_bytes"] += size
-                bar.update(size)
+        results = in_order(tokenize, groups, os.cpu_count() or 1)
+        for split, text, ids, missing in itertools.chain.from_iterable(results):
+            files[split].write(ids)
+            size = len(text.encode())
+            counts[f"{split}_tokens"] += len(ids)
+            counts[f"{split}_bytes"] += size
+            lost += missing
+            characters += len(text)
+            bar.update(size)
         for split, f in files.items():
-            f.seek(0)
             write_header(f, counts[f"{split}_tokens"])
             f.flush()
             os.fsync(f.fileno())
-    unknown, tokens, lost, probed = losses
-    share = max(unknown / max(1, tokens), min(lost, probed) / max(1, probed))
-    return {**counts, "dtype": dtype.name}, share
+    return {**counts, "dtype": dtype.name}, lost / max(1, characters)
 
 
 # --- files -> tokens: what train.py reads ----------------------------------------------------
@@ -507,7 +503,8 @@ def shard_folders(folder):
         return [folder]
     n = int(max(shards).name[-3:])
     wanted = [folder / f"shard-{i:03}-of-{n:03}" for i in range(n)]
-    if odd := shards ^ set(wanted):
+    odd = shards ^ set(wanted)
+    if odd:
         raise UserError(f"{min(odd)} is missing or no shard of the others; make all {n} with "
                         f"--shard=0/{n} to {n - 1}/{n}, the other options alike")
     return wanted
@@ -525,11 +522,10 @@ def read_meta(folder):
         try:
             meta = json.loads((part / "meta.json").read_text(encoding="utf-8"))
             meta |= {name: int(meta[name]) for name in (*COUNTS, "vocab_size", "eot_id")}
-            if meta["format_version"] != FORMAT_VERSION or not isinstance(meta["tokenizer"], str):
-                raise ValueError("it is of another version")
-            if not (0 <= meta["eot_id"] < meta["vocab_size"] <= 2**31
-                    and min(meta[name] for name in COUNTS) >= 0):
-                raise ValueError(f"vocab_size {meta['vocab_size']}, eot_id {meta['eot_id']}")
+            in_range = 0 <= meta["eot_id"] < meta["vocab_size"] <= 2**31
+            if (meta["format_version"] != FORMAT_VERSION or not isinstance(meta["tokenizer"], str)
+                    or not in_range or min(meta[name] for name in COUNTS) < 0):
+                raise ValueError("another version, or damaged")
         except Exception as error:  # it may be a stranger's: anything can be in it
             raise UserError(f"{part / 'meta.json'} cannot be read ({error!r}); delete {part} and "
                             "run prepare.py again") from error
@@ -546,19 +542,15 @@ def open_split(folder, split):
     """The tokens of split.npy, or of all shards one after another, not copied into memory."""
     arrays = []
     for part in shard_folders(folder):
-        file = part / f"{split}.npy"
         expected = read_meta(part)[f"{split}_tokens"]
         try:  # no memory map is empty
-            array = np.load(file, mmap_mode="r" if expected else None, allow_pickle=False)
-            if array.dtype.kind not in "ui" or not array.dtype.isnative:
-                raise ValueError(f"{array.dtype} is no type of token ids here")
-            if array.dtype.kind == "i" and expected and array.min() < 0:
-                raise ValueError("a token id is negative")
-            if array.shape != (expected,):
-                raise ValueError(f"{array.shape} tokens, not {expected}")
+            array = np.load(part / f"{split}.npy", mmap_mode="r" if expected else None)
+            whole = array.dtype.kind in "ui" and array.dtype.isnative and array.shape == (expected,)
+            if not whole or array.dtype.kind == "i" and array.min(initial=0) < 0:
+                raise ValueError(f"{array.dtype} {array.shape} is not {expected} token ids")
         except Exception as error:  # a stranger's file: numpy raises anything
-            raise UserError(f"{file} is damaged ({first_line(error)}); delete {part} and run "
-                            "prepare.py again") from error
+            raise UserError(f"{part / split}.npy is damaged ({first_line(error)}); delete {part} "
+                            "and run prepare.py again") from error
         arrays.append(array)
     return arrays[0] if len(arrays) == 1 else ConcatTokens(arrays)
 
@@ -568,6 +560,8 @@ def open_split(folder, split):
 
 def name_after(sources):
     """A name for the data set made of `sources`; a preset's name only for the preset itself."""
+    if not sources:
+        return "stdlib"
     if len(sources) == 1 and sources[0] in PRESETS and not Path(sources[0]).exists():
         return sources[0]
     paths = [re.sub(r"^hf:([^:]*).*|[*?[].*", r"\1", hide_secrets(source)) for source in sources]
@@ -578,35 +572,37 @@ def name_after(sources):
 def resolve(cfg):
     """(`cfg` with the preset's values filled in, shard, shards), everything checked."""
     sources = (cfg.source,) if isinstance(cfg.source, str) else tuple(cfg.source or ())
-    dataset = cfg.dataset
-    if dataset is None:
-        dataset = name_after(sources) if sources else "stdlib"
-    if not re.fullmatch(r"\w[\w.-]{0,99}", dataset) or ".." in dataset:
-        raise UserError(f"--dataset {dataset!r} must be one plain folder name, such as mine", 2)
-    if not sources and dataset not in PRESETS:
-        raise UserError(f"--dataset {dataset} is no preset ({', '.join(PRESETS)}); "
-                        "give your text too: --source PATH", 2)
-    source, tokenizer, _, _ = PRESETS.get(dataset, (None, "bpe", None, None))
-    sources = tuple(map(preset_source, sources)) or (source,)
-    if len(sources) > 1 and any(source.startswith("hf:") for source in sources):
-        raise UserError("--source: a hub data set (hf:...) stands alone, not beside others", 2)
-    if not 0 < cfg.val_fraction < 1:
-        raise UserError(f"--val_fraction {cfg.val_fraction} must lie between 0 and 1, as 0.1", 2)
+    dataset = name_after(sources) if cfg.dataset is None else cfg.dataset
+    preset, tokenizer, _, _ = PRESETS.get(dataset, (None, "bpe", None, None))
+    sources = tuple(map(preset_source, sources)) or (preset,)
     tokenizer = cfg.tokenizer or tokenizer
-    if tokenizer not in ("bpe", "char", *tiktoken.list_encoding_names()):
-        tokenizer += "/tokenizer.json" if Path(tokenizer).is_dir() else ""
+    # A folder of that name must not hide an encoding, or what is made here.
+    named = ("bpe", "char", *tiktoken.list_encoding_names())
+    if tokenizer not in named and Path(tokenizer).is_dir():
+        tokenizer += "/tokenizer.json"
     size = cfg.vocab_size
-    if tokenizer != "bpe" and size is not None:
-        raise UserError(f"--vocab_size {size} goes with --tokenizer=bpe, not {tokenizer}", 2)
-    if size is not None and not 257 <= size <= 2**20:  # 256 bytes and the end-of-text token
-        raise UserError(f"--vocab_size {size} must lie between 257 and {2**20}, as 4096 does", 2)
-    slice_of = re.fullmatch(r"(\d{1,3})/(\d{1,3})", cfg.shard or "0/1")
-    i, n = map(int, slice_of.groups()) if slice_of else (0, 0)
-    if i >= n:
-        raise UserError(f"--shard {cfg.shard} must be i/n with i from 0 to n - 1, as 0/4", 2)
-    if cfg.shard and tokenizer in ("bpe", "char"):
-        raise UserError(f"--shard {cfg.shard}: shards share a tokenizer that is there already, not "
-                        f"--tokenizer={tokenizer}; use gpt2 or the tokenizer.json of a sample", 2)
+    i, n = 0, 0
+    if re.fullmatch(r"\d{1,3}/\d{1,3}", cfg.shard or "0/1"):
+        i, n = map(int, (cfg.shard or "0/1").split("/"))
+    for holds, message in (
+        (re.fullmatch(r"\w[\w.-]{0,99}", dataset) and ".." not in dataset,
+         f"--dataset {dataset!r} must be one plain folder name, such as mine"),
+        (sources[0], f"--dataset {dataset} is no preset ({', '.join(PRESETS)}); give your text too:"
+         " --source PATH"),
+        (len(sources) == 1 or not any(source.startswith("hf:") for source in sources),
+         "--source: a hub data set (hf:...) stands alone, not beside others"),
+        (0 < cfg.val_fraction < 1, f"--val_fraction {cfg.val_fraction} is not between 0 and 1"),
+        (size is None or tokenizer == "bpe",
+         f"--vocab_size {size} goes with --tokenizer=bpe, not {tokenizer}"),
+        # 256 bytes and the end-of-text token
+        (size is None or 257 <= size <= 2**20, f"--vocab_size {size} is not from 257 to {2**20}"),
+        (i < n, f"--shard {cfg.shard} must be i/n with i from 0 to n - 1, as 0/4"),
+        (not cfg.shard or tokenizer not in ("bpe", "char"),
+         f"--shard {cfg.shard}: shards share a tokenizer that is there already, not "
+         f"--tokenizer={tokenizer}; use gpt2 or the tokenizer.json of a sample"),
+    ):
+        if not holds:
+            raise UserError(message, 2)
     return replace(cfg, dataset=dataset, source=sources, tokenizer=tokenizer), i, n
 
 
@@ -648,16 +644,20 @@ def open_sources(cfg, folder, i, n):
         raise UserError(f"--source {sources} is empty: there is nothing to tokenize")
     if cfg.shard and len(files) < max(n, 2):
         raise UserError(f"--shard {cfg.shard} needs {n} documents, {sources} has {len(files)}")
-    empty = f", {len(found) - len(files)} empty left out" if len(found) > len(files) else ""
-    one_text, files = len(files) == 1, files[i::n]
+    empty = len(found) - len(files)
+    one_text = len(files) == 1
+    files = files[i::n]
     size = sum(path.stat().st_size for path in files)
-    print0(f"reading {len(files):,} file(s), {size:,} bytes, from {sources}{empty}")
+    left_out = f"; {empty} empty one(s) left out" if empty else ""
+    print0(f"reading {len(files):,} file(s), {size:,} bytes, from {sources}{left_out}")
     sums = [sha256(path) for path in files]
-    if cfg.shard:  # it does not see the others' documents: the hash alone decides
+    digest = sums[0] if one_text else hashlib.sha256("".join(sums).encode()).hexdigest()
+    if one_text:
+        splits = ["both"]
+    elif cfg.shard:  # it does not see the others' documents: the hash alone decides
         splits = [split_of(checksum, cfg.val_fraction) for checksum in sums]
     else:
-        splits = ["both"] if one_text else choose_splits(files, sums, cfg.val_fraction)
-    digest = sums[0] if one_text else hashlib.sha256("".join(sums).encode()).hexdigest()
+        splits = choose_splits(files, sums, cfg.val_fraction)
     return partial(read_files, files, splits, cfg.val_fraction, one_text), size, digest
 
 
@@ -665,25 +665,24 @@ def build(cfg, folder, i, n):
     """Make slice i of n in `folder`: every file beside the old one, then all renamed."""
     pieces, n_bytes, digest = open_sources(cfg, folder, i, n)
     source = " ".join(map(hide_secrets, cfg.source))
-    vocab_size = None
-    if cfg.tokenizer == "bpe":
+    vocab_size = cfg.vocab_size
+    if cfg.tokenizer == "bpe" and vocab_size is None:
         preset_size = PRESETS.get(cfg.dataset, (None, None, None))[2]
-        vocab_size = cfg.vocab_size or preset_size or default_vocab_size(n_bytes or SAMPLE)
+        vocab_size = preset_size or default_vocab_size(n_bytes or SAMPLE)
     name = sha256(cfg.tokenizer) if cfg.tokenizer.endswith(".json") else cfg.tokenizer
     asked = {"source": source, "source_sha256": digest, "format_version": FORMAT_VERSION,
              "settings": [name, vocab_size, cfg.val_fraction]}
     if (folder / "meta.json").exists():
         there = read_meta(folder)
         if {key: there.get(key) for key in asked} == asked:
-            train, val = (len(open_split(folder, split)) for split in SPLITS)
-            print0(f"{folder} is ready: {train:,} train and {val:,} val tokens from the same "
-                   "source; nothing to do")
+            sizes = [f"{len(open_split(folder, split)):,} {split}" for split in SPLITS]
+            print0(f"{folder} is ready: {' and '.join(sizes)} tokens; nothing to do")
             return
         print0(f"replacing {folder}, made from {there.get('source')}")
     tokenizer = make_tokenizer(cfg.tokenizer, pieces, n_bytes, vocab_size)
     if tokenizer.eot_id is None:
         raise UserError(f"--tokenizer {cfg.tokenizer} has no end-of-text token: {', '.join(ENDS)}")
-    if cfg.vocab_size and tokenizer.vocab_size < cfg.vocab_size:
+    if tokenizer.vocab_size < (cfg.vocab_size or 0):
         raise UserError(f"--vocab_size {cfg.vocab_size}: this text gives only "
                         f"{tokenizer.vocab_size} tokens; leave it out, or give more text")
     counts, lost = write_splits(folder, pieces(), tokenizer, n_bytes)
@@ -692,23 +691,23 @@ def build(cfg, folder, i, n):
                         "lost; use --tokenizer=bpe, or one that is made for it")
     if lost:
         print0(f"warning: --tokenizer {cfg.tokenizer} loses about {lost:.2%} of the text")
-    if min(counts["train_tokens"], counts["val_tokens"]) < 2 and not cfg.shard:
-        raise UserError(f"train and val have {counts['train_tokens']} and {counts['val_tokens']} "
-                        "tokens, too few to predict one; give more text or another "
-                        f"--val_fraction (now {cfg.val_fraction})")
+    train, val = counts["train_tokens"], counts["val_tokens"]
+    if min(train, val) < 2 and not cfg.shard:
+        raise UserError(f"train and val have {train} and {val} tokens, too few to predict one; "
+                        f"give more text or another --val_fraction (now {cfg.val_fraction})")
     meta = {"tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size,
             "tokenizer_sha256": tokenizer.name, "eot_id": tokenizer.eot_id, **counts,
             "lossless": not lost, **asked}
-    if tokenizer.name == "tokenizer.json":
+    if not tokenizer.tiktoken:
         (folder / ".tmp-tokenizer.json").write_bytes(tokenizer.engine.to_str(True).encode())
         meta["tokenizer_sha256"] = sha256(folder / ".tmp-tokenizer.json")
     (folder / ".tmp-meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-    (folder / "meta.json").unlink(missing_ok=True)  # without it nothing counts as prepared
-    (folder / "tokenizer.json").unlink(missing_ok=True)
+    for name in ("meta.json", "tokenizer.json"):  # without meta.json nothing counts as prepared
+        (folder / name).unlink(missing_ok=True)
     for name in ("train.npy", "val.npy", "tokenizer.json", "meta.json"):  # meta.json last
-        if (folder / f".tmp-{name}").exists():
+        with contextlib.suppress(FileNotFoundError):  # tiktoken's vocabularies have no file
             (folder / f".tmp-{name}").replace(folder / name)
-    print0(f"{folder}: {meta['train_tokens']:,} train and {meta['val_tokens']:,} val tokens, "
+    print0(f"{folder}: {train:,} train and {val:,} val tokens, "
            f"vocabulary {meta['vocab_size']:,}, from {source}")
 
 

@@ -31,10 +31,8 @@ class Config:
     start: str | None = None  # the prompt of the coloured text, or FILE:path; None: the run's own
     tokens: int = 120  # length of that text, prompt included; at most block_size + 1
     temperature: float = 0.8  # it is drawn at; 0: greedy
-    seed: int = 1337  # of that text
     layer: int = -1  # the layer whose attention is drawn, from 0; -1: the last one
     head: int = 0  # its head that is drawn large, from 0
-    attention_tokens: int = 32  # tokens whose attention is drawn
     RETIRED: ClassVar = {"run": "--out_dir"}
 
 
@@ -45,7 +43,7 @@ import matplotlib
 import torch
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 
 import prepare
 import runtime
@@ -55,7 +53,7 @@ from model import rotate
 from runtime import UserError, check_range, log_curve, print0
 
 CURVES = {"loss": "loss (nats per token)", "lr": "learning rate",
-          "grad_norm": "gradient norm (log scale)", "tokens_per_s": "tokens per second"}
+          "grad_norm": "gradient norm", "tokens_per_s": "tokens per second"}
 DRAWING = {"svg.fonttype": "none", "text.parse_math": False, "font.size": 9, "grid.alpha": 0.3,
            "figure.constrained_layout.w_pad": 0.12, "figure.constrained_layout.h_pad": 0.1}
 SHORT = ("script", "iter", "val_loss", "best_val_loss", "started", "seconds")  # in a list of runs
@@ -101,8 +99,8 @@ def open_run(folder=None, checkpoint="auto"):
     place = sample.pick_checkpoint(folder, checkpoint)
     model, tokenizer, saved = sample.load_checkpoint(place)
     meta = prepare.read_meta(place)
-    facts = show_info(info) | {"data": meta["source"]}
-    facts["parameters"] = f"{model.count_parameters():,}"
+    facts = show_info(info) | {"data": meta["source"], **info.get("machine", {}),
+                               "parameters": f"{model.count_parameters():,}"}
     if "val_loss" in info and "train_loss" in info:
         facts["at the end"] = train.describe_losses(info, meta)
     return {"name": folder.as_posix(), "folder": folder, "log": log, "info": info, "facts": facts,
@@ -166,10 +164,6 @@ def plot_curve(logs, column="loss", resumed=()):
             axes.plot(at, best, "*", color=color, markersize=11)
     for iteration in resumed:
         axes.axvline(iteration, color="gray", linestyle=":")
-    if column == "grad_norm" and axes.dataLim.ymax > 0:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
-        axes.yaxis.set_minor_formatter(NullFormatter())
     if column == "loss":
         figure.legend(loc="outside upper left", frameon=False)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10)))
@@ -234,15 +228,15 @@ def coloured(run, cfg):
     prompt = sample.encode_prompt(model, tokenizer, start)[:block_size]
     new = max(0, min(cfg.tokens, block_size + 1) - len(prompt))
     ids = sample.generate(model, torch.tensor([prompt]), new, cfg.temperature,
-                          generator=torch.Generator().manual_seed(cfg.seed))[0]
+                          generator=torch.Generator().manual_seed(1337))[0]
     with torch.no_grad():
         probabilities = model(ids[None, :block_size])[0][0].float().softmax(-1)  # (T, V)
     texts = pieces(tokenizer, ids.tolist())
     spans = [f"<u>{esc(texts[0])}</u>"]
     for i, row in enumerate(probabilities[: len(ids) - 1], start=1):
         p = row[ids[i]].item()
-        hint = (f"{texts[i]!r}: probability {p:.4f}, rank {int((row > p).sum()) + 1}; likeliest "
-                f"{tokenizer.decode([row.argmax()])!r} {row.max():.4f}")
+        likeliest = f"{tokenizer.decode([row.argmax()])!r} {row.max():.4f}"
+        hint = f"{texts[i]!r}: probability {p:.4f}; likeliest {likeliest}"
         # per cent of colour: 0 where p is 1, 75 (the text stays readable) at 1/1000 and below
         color = round(75 * min(1, -math.log(max(p, 1e-9)) / math.log(1000)))
         tag = "u" if i < len(prompt) else "span"
@@ -256,7 +250,7 @@ def samples(run):
     losses = dict(zip(*log_curve(run["log"], "val_loss"), strict=True))
     last = len(run["samples"]) - 1
     parts = []
-    for i in sorted({round(last * j / 7) for j in range(8)} if last >= 0 else ()):
+    for i in sorted({round(last * j / 7) for j in range(8) if last >= 0}):
         iteration, _, text = run["samples"][i].groups()
         loss = losses.get(int(iteration), math.nan)
         parts.append(f"<details{' open' if i in (0, last) else ''}><summary>iteration {iteration}, "
@@ -267,7 +261,7 @@ def samples(run):
 def about_model(run, cfg):
     """Samples, a coloured text and attention of one run as HTML."""
     text, ids = coloured(run, cfg)
-    ids = ids[: min(cfg.attention_tokens, run["model"].config.block_size)]
+    ids = ids[: min(32, run["model"].config.block_size)]  # as many as one can read
     picture = plot_attention(attention(run["model"], ids, cfg.layer),
                              pieces(run["tokenizer"], ids.tolist()), cfg.head)
     layers = run["model"].config.n_layer
@@ -300,10 +294,10 @@ def page(runs, others, cfg):
     logs = {run["name"]: run["log"] for run in runs}
     resumed = [iteration for run in runs for iteration in run["info"].get("resumed", ())]
     curves = "".join(svg(plot_curve(logs, column, resumed)) for column in CURVES)
-    settings, defaults = {run["name"]: run["info"]["train"] for run in runs}, asdict(train.Config())
+    settings = {run["name"]: run["info"]["train"] for run in runs}
+    defaults = asdict(train.Config())
     names = dict.fromkeys(name for part in settings.values() for name in part)
     changed = [n for n in names if any(s.get(n) != defaults.get(n) for s in settings.values())]
-    machine = {run["name"]: run["info"].get("machine") or {} for run in runs}
     short = {name: {run: facts.get(name, "–") for run, facts in others.items()} for name in SHORT}
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
@@ -317,37 +311,31 @@ validation, its best starred. Dotted, upright: the run was resumed.</p>
 <h2>Settings that were given, or chosen for the data</h2><main>{table(settings, changed)}</main>
 <details><summary>Settings left at their defaults</summary>
 {table(settings, [name for name in names if name not in changed])}</details>
-<details><summary>Machine</summary>{table(machine, machine[runs[0]["name"]])}</details>
 {f"<h2>All runs</h2>{table(short, others)}" if others else ""}</body></html>
 """
 
 
 STYLE = """
-:root { color-scheme: light dark; --line: #8884; --mark: light-dark(#c4500b, #ff9a52); }
-body { max-width: 1060px; margin: auto; padding: 8px 16px 48px; overflow-wrap: anywhere;
-  background: light-dark(#fcfcfa, #161615); color: light-dark(#1c1c1a, #ecebe6);
-  font: 15px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin: 36px 0 8px; } p { max-width: 75ch; }
-.grid { display: grid; gap: 0 24px;
+:root { color-scheme: light dark; --mark: light-dark(#c4500b, #ff9a52); }
+body { max-width: 1060px; margin: auto; padding: 1em; font: 15px/1.5 system-ui, sans-serif; }
+body, td + td { overflow-wrap: anywhere; }
+.grid { display: grid; gap: 24px;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); }
-section { min-width: 0; } section svg { max-width: 760px; min-width: 440px; }
-svg { width: 100%; height: auto; } div { overflow-x: auto; }
+section { min-width: 0; } section svg { min-width: 440px; }
+svg { width: 100%; height: auto; max-width: 760px; } div { overflow-x: auto; }
 svg text { fill: currentColor; font-family: system-ui, sans-serif !important; }
-details { border-top: 1px solid var(--line); padding: 4px 0; }
-pre { white-space: pre-wrap; font: 13px/1.7 ui-monospace, monospace; }
-u { text-decoration: underline dotted; } .warning, main .differs { color: var(--mark); }
-span { background: color-mix(in srgb, var(--mark) var(--s), transparent); border-radius: 3px; }
-table { border-collapse: collapse; font-size: .9em; width: 100%; overflow-wrap: normal; }
-td { vertical-align: top; padding: 3px 14px 3px 0; border-bottom: 1px solid var(--line); }
-td + td { overflow-wrap: anywhere; min-width: 11em; }
+pre { white-space: pre-wrap; } u { text-decoration: underline dotted; }
+span { background: color-mix(in srgb, var(--mark) var(--s), transparent); }
+.warning, main .differs { color: var(--mark); }
+table { overflow-wrap: normal; } td { vertical-align: top; padding: 3px 14px 3px 0; }
+td + td { min-width: 11em; }
 """
 
 
 def main(cfg):
     """Write the page and return its path."""
-    check_range(cfg, 1, "attention_tokens", "tokens")
+    check_range(cfg, 1, "tokens")
     check_range(cfg, 0, "temperature", "head")
-    check_range(cfg, 0, "seed", high=2**63 - 1)
     runs = [open_run(folder, cfg.checkpoint) for folder in (cfg.out_dir, *cfg.compare)]
     for run in runs:
         c = run["model"].config

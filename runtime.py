@@ -6,6 +6,7 @@ Nothing in here knows about models or text.
 import contextlib
 import csv
 import ctypes
+import dataclasses
 import datetime
 import hashlib
 import json
@@ -360,6 +361,26 @@ def find_run(out_dir, resume, overwrite):
         print0(f"warning: {folder} is skipped: {wrong}")
     what = "no intact checkpoint" if found else "no checkpoint"
     raise UserError(f"--resume: {out_dir} holds {what}; start again with --overwrite")
+
+
+def given_names(cfg):
+    """The fields of a Config that were set: what load() saw, or what differs from the defaults."""
+    given = getattr(cfg, "given", None)
+    if given is None:
+        given = {f.name for f in dataclasses.fields(cfg) if getattr(cfg, f.name) != f.default}
+    return set(given)
+
+
+def resume_settings(cfg, settings):
+    """A run's own `settings` (dict) as a Config, with what was given in this command on top."""
+    given = given_names(cfg)
+    for group in getattr(cfg, "ALTERNATIVES", ()):
+        if given & set(group):
+            settings = settings | dict.fromkeys(group)
+    settings = settings | {name: getattr(cfg, name) for name in given}
+    settings |= {"resume": True, "overwrite": False, "out_dir": cfg.out_dir}
+    names = {f.name for f in dataclasses.fields(cfg)}
+    return type(cfg)(**{name: value for name, value in settings.items() if name in names})
 
 
 def check_same(folder, saved, wanted):

@@ -80,7 +80,8 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
     cumulative = probabilities.cumsum(-1)
     u = torch.rand(len(cumulative), 1, device=cumulative.device, generator=generator)
     # scaled so that rounding cannot reach the end; right=True passes over probabilities of 0
-    return torch.searchsorted(cumulative, u * (1 - 2**-23) * cumulative[:, -1:], right=True)
+    new = torch.searchsorted(cumulative, u * (1 - 2**-23) * cumulative[:, -1:], right=True)
+    return new.clamp(max=logits.size(-1) - 1)  # where weights diverged to nan: some token
 
 
 class KVCache:
@@ -282,7 +283,8 @@ def load_checkpoint(folder):
 
 def newest_run(root="out"):
     """The run of train.py under `root` that was saved last; its checkpoints have meta.json."""
-    found = [p for p in Path(root).glob("*/checkpoint-[0-9]*") if (p / "meta.json").exists()]
+    found = [*Path(root).glob("*/checkpoint-[0-9]*"), *Path(root).glob("*/best")]
+    found = [folder for folder in found if (folder / "meta.json").exists()]
     if not found:
         raise UserError(f"no run under {root}/; train one: python train.py")
     return max(found, key=lambda checkpoint: checkpoint.stat().st_mtime).parent

@@ -52,6 +52,7 @@ class Config:
     rms_norm: bool = True  # RMSNorm instead of LayerNorm
     swiglu: bool = True  # SwiGLU instead of GELU
     qk_norm: bool = True  # RMSNorm on queries and keys
+    embd_norm: bool = True  # RMSNorm on token embeddings
     norm_eps: float = 1e-6  # of every norm
     # one iteration = one update of batch_size x gradient_accumulation_steps x processes sequences
     batch_size: int = 8  # sequences of a micro-batch on each process
@@ -62,7 +63,7 @@ class Config:
     optimizer: Literal["adamw", "muon"] = "muon"  # muon: for hidden matrices, AdamW for the rest
     learning_rate: float = 1e-2  # at its peak
     min_lr: float = 0.0  # at the last update
-    embedding_lr: float | None = None  # peak for the embeddings; None: learning_rate
+    embedding_lr: float | None = None  # peak for embeddings; None: learning_rate, twice with muon
     head_lr: float | None = None  # peak for an untied head; None: learning_rate
     schedule: Literal["linear", "cosine"] = "linear"  # from the peak to min_lr
     warmup_iters: int | None = None  # updates of linear warm-up; None: a tenth, 40 at most
@@ -187,11 +188,20 @@ def read_windows(tokens, windows, block_size, vocab_size, device):
 # what is not set by hand
 
 
+# A text of few tokens is learned by heart: a smaller model, dropout and few passes put that off.
+# Train tokens up to which a row holds, width, dropout; measured in docs/LOG.md.
+SHAPES = ((60_000, 128, 0.2), (400_000, 192, 0.2), (1_200_000, 256, 0.1), (math.inf, 256, 0.0))
+MAX_EPOCHS = 10  # of a run whose length is not given
+
+
 def choose_shape(cfg, tokens):
     """Fill in what is None of the model's shape and dropout, from the number of train tokens."""
-    shape = {"n_layer": 4, "n_head": 4, "n_embd": 256, "dropout": 0.0}
+    n_embd, dropout = next(row[1:] for row in SHAPES if tokens <= row[0])
     if cfg.init_from != "scratch":
-        shape = {"dropout": 0.0}
+        return replace(cfg, dropout=dropout if cfg.dropout is None else cfg.dropout)
+    width = cfg.n_embd or n_embd
+    heads = width // 64 if width % 64 == 0 else 4
+    shape = {"n_layer": 4, "n_head": heads, "n_embd": width, "dropout": dropout}
     return replace(cfg, **{k: v for k, v in shape.items() if getattr(cfg, k) is None})
 
 
@@ -200,11 +210,12 @@ def choose_length(cfg, train_windows, rows, measure):
 
     measure: a function that returns (seconds an update takes, bytes of memory).
     """
-    iters = 560 if cfg.max_iters is None else cfg.max_iters
+    most = math.ceil(MAX_EPOCHS * train_windows / rows)
+    iters = min(560, most) if cfg.max_iters is None else cfg.max_iters
     if cfg.max_epochs:
         iters = math.ceil(cfg.max_epochs * train_windows / rows)
     if cfg.minutes:
-        iters = max(1, int(cfg.minutes * 60 / measure()[0]))
+        iters = min(most, max(1, int(cfg.minutes * 60 / measure()[0])))
     settled = {"max_iters": iters, "max_epochs": None, "minutes": None}
     if cfg.warmup_iters is None:
         settled["warmup_iters"] = min(40, iters // 10)
@@ -234,21 +245,23 @@ def make_optimizers(model, cfg, device):
     muon = cfg.optimizer == "muon"
     blocks = {id(p) for p in model.transformer.h.parameters() if p.dim() >= 2}
     hidden = []
-    groups = {}  # (weight decay, learning rate): parameters
+    groups = {}  # (is a matrix, weight decay, learning rate): parameters
     for name, p in model.named_parameters():
         lr = cfg.learning_rate
-        if name.startswith("transformer.w") and cfg.embedding_lr is not None:
-            lr = cfg.embedding_lr
+        if name.startswith("transformer.w"):
+            lr = 2 * lr if muon else lr
+            lr = lr if cfg.embedding_lr is None else cfg.embedding_lr
         elif name.startswith("lm_head") and cfg.head_lr is not None:
             lr = cfg.head_lr
         if muon and id(p) in blocks:
             hidden.append(p)
             continue
-        decay = cfg.weight_decay if p.dim() >= 2 and not muon else 0.0
-        groups.setdefault((decay, lr), []).append(p)
+        matrix = p.dim() >= 2
+        decay = cfg.weight_decay if matrix and not muon else 0.0
+        groups.setdefault((matrix, decay, lr), []).append(p)
     groups = [{"params": params, "weight_decay": decay,
                "lr_scale": lr / cfg.learning_rate if cfg.learning_rate else 1.0}
-              for (decay, lr), params in groups.items()]
+              for (_, decay, lr), params in groups.items()]
     fused = device.type in ("cuda", "cpu")
     betas = (cfg.beta1, cfg.beta2)
     optimizers = [torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, fused=fused)]
@@ -391,6 +404,7 @@ def check_config(cfg):
     check_range(cfg, 1, "eval_iters", "log_interval", "n_inner")
     check_range(cfg, 0, "max_iters", "max_epochs", "minutes", high=10**12)
     check_range(cfg, 0, "learning_rate", "min_lr")
+    check_range(cfg, 1e-12, "rope_theta", "norm_eps")
     check_range(cfg, 0, "embedding_lr", "head_lr", "warmup_iters", "weight_decay", "grad_clip")
     check_range(cfg, 0, "eval_interval", "save_interval", "sample_tokens", "sample_temperature")
     check_range(cfg, 0, "dropout", "beta1", "beta2", "momentum", high=1 - 1e-9)
@@ -404,22 +418,14 @@ def check_config(cfg):
 
 
 def settings_of(cfg, saved):
-    """cfg, on resume laid over the run's own settings: what was said in this command wins.
-
-    saved: the run.json of the checkpoint, or None. What "was said" is known of a cfg made by
-    load(); of another it is what differs from the defaults.
-    """
-    given = getattr(cfg, "given", None)
-    given = set(changed(cfg) if given is None else given)
+    """cfg, on resume laid over the settings in the checkpoint's run.json `saved` (else None)."""
+    given = runtime.given_names(cfg)
     if saved is not None:
-        settings = {"schedule": "cosine", "momentum": 0.95}  # of runs that had no such options
+        # of runs that had no such options
+        settings = {"schedule": "cosine", "momentum": 0.95,
+                    "embedding_lr": saved["train"]["learning_rate"]}
         settings |= asdict(GPTConfig(**saved["model"])) | saved["train"]
-        for group in Config.ALTERNATIVES:
-            if given & set(group):
-                settings |= dict.fromkeys(group)
-        settings |= {name: getattr(cfg, name) for name in given}
-        settings |= {"resume": True, "overwrite": False, "out_dir": cfg.out_dir}
-        cfg = Config(**{f.name: settings[f.name] for f in fields(Config) if f.name in settings})
+        cfg = runtime.resume_settings(cfg, settings)
     beside = sorted(given & set(MODEL_FIELDS) - {"dropout", "block_size"})
     if beside and cfg.init_from != "scratch":
         raise UserError(f"--init_from {cfg.init_from} brings its own shape; leave out "
@@ -427,19 +433,22 @@ def settings_of(cfg, saved):
     return cfg
 
 
+def model_config(cfg, vocab_size):
+    """The GPTConfig that cfg asks for. Raises UserError (code 2) where it is impossible."""
+    try:
+        shape = {name: getattr(cfg, name) for name in MODEL_FIELDS}
+        return GPTConfig(vocab_size=vocab_size, **shape)
+    except ValueError as error:
+        raise UserError(error, 2) from error
+
+
 def make_model(cfg, vocab_size, saved, tokenizer):
     """The model of a fresh or resumed run, in training mode, on the CPU."""
-    if saved:
-        config = GPTConfig(**saved["model"])
-        return GPT(replace(config, dropout=cfg.dropout))  # the weights come from the checkpoint
+    if saved:  # the weights come from the checkpoint
+        return GPT(replace(GPTConfig(**saved["model"]), dropout=cfg.dropout))
     torch.manual_seed(cfg.seed)
     if cfg.init_from == "scratch":
-        try:
-            config = {name: getattr(cfg, name) for name in MODEL_FIELDS}
-            config = GPTConfig(vocab_size=vocab_size, **config)
-        except ValueError as error:  # only the numbers; a bug in GPT itself shows its line
-            raise UserError(error, 2) from error
-        return GPT(config)
+        return GPT(model_config(cfg, vocab_size))
     import convert  # only here: it brings transformers along
 
     model = convert.from_pretrained(cfg.init_from, cfg.dropout).train()
@@ -464,10 +473,11 @@ def check_resume(cfg, folder, saved, files, config):
     for name in ("init_from", "optimizer"):
         was[f"--{name}"] = saved["train"].get(name)
         now[f"--{name}"] = getattr(cfg, name)
-    for name in MODEL_FIELDS:
-        if getattr(cfg, name) is not None and name != "dropout" and cfg.init_from == "scratch":
+    if cfg.init_from == "scratch":
+        asked = model_config(cfg, config.vocab_size)
+        for name in MODEL_FIELDS:
             was[f"--{name}"] = getattr(config, name)
-            now[f"--{name}"] = getattr(cfg, name)
+            now[f"--{name}"] = getattr(asked, name)
     runtime.check_same(folder, was, now)
 
 

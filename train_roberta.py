@@ -11,7 +11,7 @@ out_dir ends as a transformers folder (AutoTokenizer and AutoModelForMaskedLM lo
 checkpoint-* folders, run.json, log.csv and loss.png. Read it from train() down, then its helpers.
 """
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import ClassVar, Literal
 
 from configurator import changed, load
@@ -41,7 +41,6 @@ class Config:
     max_iters: int = 0  # iterations after which to stop, the schedule unchanged; 0: all of it
     batch_size: int = 64  # examples of a micro-batch on each process
     gradient_accumulation_steps: int = 1  # micro-batches an update
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for hidden matrices, AdamW for the rest
     learning_rate: float = 5e-5  # at its peak, then linear to zero
     warmup_iters: int = 0  # iterations of linear warm-up from zero
     weight_decay: float = 0.0  # of matrices
@@ -66,7 +65,6 @@ class Config:
 if __name__ == "__main__":
     CFG = load(Config)  # parse before the slow imports: --help answers at once
 
-import contextlib
 import hashlib
 import json
 import math
@@ -80,18 +78,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors import safe_open
+from safetensors.torch import load_model
 from tokenizers import AddedToken, ByteLevelBPETokenizer
+from torch.nn.utils.rnn import pad_sequence
 
 import prepare
 import runtime
-from runtime import UserError, check_range, first_line, print0
+from runtime import UserError, check_range, disk_errors, first_line, print0
 
 EVAL_PROBABILITY = 0.15  # of masking, whatever the training's, so that validation losses compare
 MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
                "vocab.txt", "model.safetensors")  # of a transformers folder; the weights last
 FIXED = ("n_layer", "n_head", "n_embd", "max_position_embeddings", "block_size", "packing",
-         "val_fraction", "seed", "init_std", "optimizer", "weight_decay")  # for a resumed run
+         "val_fraction", "seed", "init_std", "weight_decay")  # for a resumed run
 
 # ---------------------------------------------------------------------------------------------
 # text -> tokenizer -> examples -> batches
@@ -127,8 +126,7 @@ def make_tokenizer(vocab, merges):
 
 
 def open_tokenizer(path):
-    """The transformers tokenizer in a folder (or its tokenizer.json); none of its code is run.
-    A folder with only vocab.json and merges.txt is RoBERTa's."""
+    """The transformers tokenizer in a folder; vocab.json and merges.txt alone are RoBERTa's."""
     folder = Path(path).parent if Path(path).is_file() else Path(path)
     try:
         if (folder / "vocab.json").exists() and not (folder / "tokenizer.json").exists():
@@ -139,36 +137,34 @@ def open_tokenizer(path):
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
     except Exception as error:  # the tokenizers library raises nothing more precise
-        raise UserError(f"--tokenizer {path}: no folder or tokenizer.json that can be read: "
-                        f"{first_line(error)}") from error
-    needs = [f"{name}_token" for name in ("cls", "sep", "pad", "mask")]
-    if missing := [name for name in needs if getattr(tokenizer, name) is None]:
-        raise UserError(f"--tokenizer {path} has no {', '.join(missing)}; leave it out")
+        raise UserError(f"--tokenizer {path} cannot be read: {first_line(error)}") from error
+    for name in ("cls_token", "sep_token", "pad_token", "mask_token"):
+        if getattr(tokenizer, name) is None:
+            raise UserError(f"--tokenizer {path} has no {name}; leave it out")
     return tokenizer
 
 
 def encode(lines, tokenizer, block_size, packing):
     """Lines -> the examples, a list of integer arrays of 1 to block_size - 2 tokens, no <s> </s>.
-
-    Packed, the lines are one text joined by spaces, cut into full blocks; the last block reaches
-    back into the one before it, so that it is full too.
-    """
+    Packed, they are one text joined by spaces, cut into full blocks."""
     longest = block_size - 2
+    if packing:
+        lines = [" " + line.strip() for line in lines]
     engine = tokenizer.backend_tokenizer
     engine.encode_special_tokens = True  # "<mask>" in a text is text
     examples = []
-    for at in range(0, len(lines), 4096):
-        some = [" " + x.strip() if packing else x for x in lines[at : at + 4096]]
-        some = engine.encode_batch_fast(some, add_special_tokens=False)
-        examples += [np.array(encoding.ids, dtype=np.int32) for encoding in some]
+    for i in range(0, len(lines), 4096):  # an Encoding is many times larger than its ids
+        encodings = engine.encode_batch_fast(lines[i : i + 4096], add_special_tokens=False)
+        examples += [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
     engine.encode_special_tokens = False
     if packing and examples:
         text = np.concatenate(examples)
         examples = [text[i : i + longest] for i in range(0, len(text) - longest + 1, longest)]
-        examples += [text[-longest:]] if len(text) % longest else []
-    if longer := sum(len(ids) > longest for ids in examples):
-        print0(f"{longer:,} line(s) longer than --block_size {block_size} are cut there; "
-               "--packing keeps all of a line")
+        if len(text) % longest:
+            examples.append(text[-longest:])  # it reaches back into the one before, to be full
+    cut = sum(len(ids) > longest for ids in examples)
+    if cut:
+        print0(f"{cut:,} line(s) are cut at --block_size {block_size}; --packing keeps all of them")
     return [ids[:longest] for ids in examples if len(ids)]
 
 
@@ -181,10 +177,9 @@ def epoch_order(seed, epoch, n):
 class MaskedDataset(torch.utils.data.Dataset):
     """The examples of a whole run one after another, as (ids, labels) masked BERT's way.
 
-    Item k belongs to epoch k // n, and each epoch is a fresh permutation of the n examples. Masks
-    and order depend on (seed, k) alone: neither batch size, processes nor a resume change them.
-    length=None: for evaluation, each example once and in order. Labels are -100 where nothing is
-    to predict.
+    Each epoch is a fresh permutation, or without `length`, for evaluation, one pass in order.
+    Masks and order depend on (seed, k) alone: neither batch size, processes nor a resume change
+    them. Labels are -100 where nothing is to predict.
     """
 
     def __init__(self, examples, tokenizer, seed, probability, length=None):
@@ -192,14 +187,14 @@ class MaskedDataset(torch.utils.data.Dataset):
         self.seed, self.probability, self.length = seed, probability, length
 
     def __len__(self):
-        return len(self.examples) if self.length is None else self.length
+        return self.length or len(self.examples)
 
     def __getitem__(self, k):
         epoch, i = divmod(k, len(self.examples))
         if self.length is not None:
             epoch += 1  # 0 is the evaluation's
             i = int(epoch_order(self.seed, epoch, len(self.examples))[i])
-        ids = self.examples[i].copy()
+        ids = self.examples[i].astype(np.int64)
         random = np.random.default_rng((self.seed, epoch, i))
         masked, action = random.random((2, len(ids)))
         masked = masked < self.probability
@@ -221,41 +216,38 @@ def collate(examples, pad_id):
     """
     longest = max(len(ids) for ids, _ in examples)
     width = -(-max(64, longest) // 8) * 8  # a multiple of 8, as GPUs like it
-    used, spots = [], []  # tokens in each row, flat positions of each example
-    for ids, _ in examples:
-        row = next((r for r, n in enumerate(used) if n + len(ids) <= width), len(used))
-        used += [0] if row == len(used) else []
-        spots.append(row * width + used[row] + np.arange(len(ids)))
+    tokens = torch.full((len(examples), width), pad_id)  # as if each example had a row
+    positions = tokens.clone()
+    segments = torch.zeros_like(tokens)
+    used = [0] * len(examples)  # tokens in each row so far
+    where = []
+    for number, (ids, _) in enumerate(examples, 1):
+        row = next(r for r, n in enumerate(used) if n + len(ids) <= width)
+        columns = torch.arange(used[row], used[row] + len(ids))
+        tokens[row, columns] = torch.from_numpy(ids)
+        positions[row, columns] = pad_id + 1 + torch.arange(len(ids))  # as RoBERTa counts
+        segments[row, columns] = number
+        where.append(row * width + columns)
         used[row] += len(ids)
-    size = len(used) * width
-    tokens, positions, segments = np.full(size, pad_id), np.full(size, pad_id), np.zeros(size, int)
-    labels = np.full((len(examples), longest), -100)
-    where = np.zeros_like(labels)
-    for b, spot in enumerate(spots):
-        tokens[spot], labels[b, : len(spot)] = examples[b]
-        positions[spot] = pad_id + 1 + np.arange(len(spot))
-        segments[spot] = b + 1
-        where[b, : len(spot)] = spot
-    rows = {"input_ids": tokens, "position_ids": positions, "segments": segments}
-    rows = {name: torch.from_numpy(array.reshape(-1, width)) for name, array in rows.items()}
-    return rows | {"labels": torch.from_numpy(labels), "where": torch.from_numpy(where)}
+    R = sum(n > 0 for n in used)
+    labels = [torch.from_numpy(labels) for _, labels in examples]
+    return {"input_ids": tokens[:R], "position_ids": positions[:R], "segments": segments[:R],
+            "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
+            "where": pad_sequence(where, batch_first=True)}
 
 
 # ---------------------------------------------------------------------------------------------
-# model and optimizer
+# model and measures
 
 
 class RobertaForMaskedLM(transformers.RobertaForMaskedLM):
-    """transformers' own, except that the vocabulary head sees only the positions to predict.
-
-    The name is kept: it is what config.json tells other programs to load.
-    """
+    """transformers' own, except that the vocabulary head sees only the positions to predict. The
+    name is kept: it is what config.json tells other programs to load."""
 
     def forward(self, input_ids, segments=None, labels=None, where=None, num_items_in_batch=None,
                 **kwargs):
-        """Without `segments` transformers' own. With a batch of collate(): logits (M, V) of the M
-        positions to predict, and their summed loss divided by `num_items_in_batch`, the Trainer's
-        count over all micro-batches and processes of an update (None: by M)."""
+        """Given a batch of collate(): logits (M, V) of the M positions to predict and their loss,
+        a sum over `num_items_in_batch`, which the Trainer counts over a whole update (None: M)."""
         if segments is None:
             return super().forward(input_ids, labels=labels, **kwargs)
         same = segments[:, None, :, None] == segments[:, None, None, :]  # (R, 1, T, T)
@@ -281,33 +273,6 @@ def make_model(cfg, tokenizer):
         eos_token_id=tokenizer.eos_token_id))
 
 
-class MuonAdamW(torch.optim.Optimizer):
-    """Muon for hidden matrices and AdamW for the rest, as the one optimizer the Trainer takes."""
-
-    def __init__(self, model, lr, weight_decay):
-        matrices = {name: p for name, p in model.named_parameters() if p.ndim == 2}
-        hidden = [p for name, p in matrices.items() if "embeddings" not in name]
-        tables = [p for name, p in matrices.items() if "embeddings" in name]
-        vectors = [p for p in model.parameters() if p.ndim < 2]
-        # match_rms_adamw: updates as large as AdamW's, so that one learning rate serves both
-        muon = torch.optim.Muon(hidden, lr, weight_decay, adjust_lr_fn="match_rms_adamw")
-        rest = [{"params": tables}, {"params": vectors, "weight_decay": 0.0}]
-        self.parts = (muon, torch.optim.AdamW(rest, lr, weight_decay=weight_decay))
-        super().__init__([group for part in self.parts for group in part.param_groups], {})
-
-    def step(self, closure=None):
-        """Both parts update with the groups and the state of this object, which it saves."""
-        muon, adamw = self.parts
-        muon.param_groups, adamw.param_groups = self.param_groups[:1], self.param_groups[1:]
-        muon.state = adamw.state = self.state
-        muon.step()
-        adamw.step()
-
-
-# ---------------------------------------------------------------------------------------------
-# what is added to the Trainer: measures, callbacks, and one method for whole checkpoints
-
-
 def example_statistics(logits, labels):
     """For preprocess_logits_for_metrics: (M, V) logits and (B, L) labels -> (B, 3), each example's
     summed loss, hits and masked tokens. The Trainer gathers these instead of the logits."""
@@ -319,236 +284,13 @@ def example_statistics(logits, labels):
 
 
 def compute_metrics(prediction):
-    """Loss and accuracy over all masked tokens; nan where there are none. This "loss" replaces the
-    Trainer's own, which is a mean of the batches' means."""
+    """Over all masked tokens. The Trainer's own loss is a mean of the batches' means."""
     loss, hits, count = prediction.predictions.astype(np.float64).sum(0)
     return {"loss": loss / (count or math.nan), "accuracy": hits / (count or math.nan)}
 
 
-class UpdateCallback(transformers.TrainerCallback):
-    """What makes an update repeatable and a run stoppable: seeds, bad gradients, signals."""
-
-    def __init__(self, seed, done, last, accelerator, stop):
-        self.seed, self.done, self.last = seed, done, last
-        self.accelerator, self.stop = accelerator, stop
-        self.bad, self.signum, self.begun = runtime.BadUpdates(), 0, False
-
-    def on_train_begin(self, args, state, control, lr_scheduler, **kwargs):
-        """A resumed run takes intervals and rate from its own settings, not the checkpoint's."""
-        if self.done:
-            if state.global_step != self.done or type(state.log_history) is not list:
-                raise ValueError("trainer_state.json belongs to another checkpoint")
-            state.compute_steps(args, state.max_steps)
-            lr_scheduler.base_lrs = [args.learning_rate for _ in lr_scheduler.base_lrs]
-            lr_scheduler.last_epoch -= 1
-            lr_scheduler.step()
-        self.begun = True
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        """Dropout is a function of the place in the run: there is no random state to save."""
-        torch.manual_seed(runtime.derive_seed(self.seed, state.global_step, args.process_index))
-
-    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
-        """Skip an update whose gradient is not finite; ten in a row end the run."""
-        # The Trainer has clipped: by a norm that is not finite, which leaves only 0 and nan.
-        grads = [p.grad for p in model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
-        if self.bad.count(bool(norm.isfinite()), state.global_step + 1):
-            model.zero_grad()  # without a gradient the optimizer leaves every weight as it is
-
-    def on_step_end(self, args, state, control, **kwargs):
-        """A signal to any process stops all of them after this update, with a checkpoint."""
-        _, self.signum, late = self.stop.agree(self.accelerator)
-        last = state.global_step == self.last
-        control.should_training_stop |= last or self.signum > 0
-        at_end = last and args.eval_strategy != "no"
-        control.should_evaluate = (control.should_evaluate or at_end) and not self.signum
-        control.should_save |= control.should_training_stop or late
-        # A row at each checkpoint: a resumed run's next mean loss starts there as well.
-        control.should_log |= control.should_save or control.should_evaluate
-
-    def on_save(self, args, state, control, **kwargs):
-        self.stop.saved_at = time.monotonic()
-
-
-class LogCallback(transformers.TrainerCallback):
-    """log.csv, loss.png and the progress bar or plain lines, in place of the Trainer's printer."""
-
-    def __init__(self, last, resumed):
-        self.last, self.resumed = last, resumed
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.folder, self.first = Path(args.output_dir), state.is_world_process_zero
-        columns = [*runtime.LOG_COLUMNS, "val_accuracy"]
-        self.log = runtime.RunLog(self.folder, self.last, state.global_step, self.first, columns,
-                                  keep_until=state.global_step)
-        self.tokens, self.updating, self.clock = state.num_input_tokens_seen, 0, time.perf_counter()
-
-    def lap(self, stage):
-        """Count the time since the last call as `stage`, and return it."""
-        seconds = time.perf_counter() - self.clock
-        self.clock += seconds
-        self.log.seconds[stage] = self.log.seconds.get(stage, 0.0) + seconds
-        return seconds
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.updating += self.lap("updates")
-        self.log.progress(state.global_step)
-
-    def on_log(self, args, state, control, logs, **kwargs):
-        """Called with the mean loss of an interval, with an evaluation, and with a summary."""
-        if "loss" in logs:
-            tokens = state.num_input_tokens_seen
-            self.row = {"iter": state.global_step, "tokens": tokens, "lr": logs["learning_rate"],
-                        "loss": logs["loss"], "grad_norm": logs["grad_norm"],
-                        "tokens_per_s": round((tokens - self.tokens) / self.updating)}
-            self.tokens, self.updating = tokens, 0
-            self.log.progress(state.global_step, f"loss {logs['loss']:.4f}, "
-                              f"{self.row['tokens_per_s']:,} tokens/s")
-        elif "eval_loss" in logs:
-            loss, accuracy = logs["eval_loss"], logs["eval_accuracy"]
-            self.row |= {"val_loss": loss, "val_accuracy": accuracy}
-            self.log.print(f"iteration {state.global_step:,}: val loss {loss:.4f}, perplexity "
-                           f"{runtime.perplexity(loss):.2f}, masked accuracy {accuracy:.1%}")
-        if "eval_loss" in logs or "loss" in logs and not control.should_evaluate:
-            self.log.write(self.row)
-
-    def on_evaluate(self, args, state, control, **kwargs):
-        if self.first:
-            with runtime.disk_errors(self.folder):
-                runtime.plot_log(self.folder / "log.csv", self.folder / "loss.png",
-                                 self.folder.name, unit="masked token", resumed=self.resumed)
-        self.lap("evaluation")
-
-    def on_save(self, args, state, control, **kwargs):
-        self.lap("saving")
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.log.print(f"trained for {self.log.close()}")
-
-
-class Trainer(transformers.Trainer):
-    """transformers' Trainer with checkpoints that are written whole and hold no pickled code."""
-
-    def __init__(self, run, keep, **kwargs):
-        self.run, self.keep = run, keep
-        super().__init__(**kwargs)
-
-    def _save_checkpoint(self, model, trial):
-        """Write what train(resume_from_checkpoint=...) reads, aside; rename it when it is whole.
-
-        Private, for want of a public way around a save: the Trainer's own writes in place, so that
-        a kill leaves half a checkpoint, and pickles its arguments and the random state.
-        """
-        def write(folder):
-            if self.args.should_save:
-                self.model.save_pretrained(folder)
-                self.processing_class.save_pretrained(folder)
-                self.processing_class.backend_tokenizer.model.save(str(folder))  # the book's files
-                torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
-                torch.save(self.lr_scheduler.state_dict(), folder / "scheduler.pt")
-                if self.accelerator.scaler:
-                    torch.save(self.accelerator.scaler.state_dict(), folder / "scaler.pt")
-                self.state.save_to_json(str(folder / "trainer_state.json"))
-                runtime.write_text(folder / "run.json", json.dumps(self.run, indent=2) + "\n")
-
-        folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step:06}")
-        runtime.save_checkpoint(self.accelerator, folder, write, self.keep)
-
-
 # ---------------------------------------------------------------------------------------------
-# the run
-
-
-def fill_mask(text, folder):
-    """Print the five likeliest tokens for each <mask> of `text`, by the model in `folder`.
-    Returns what transformers' pipeline does, in a list for each mask."""
-    try:
-        fill = transformers.pipeline("fill-mask", model=str(folder), top_k=5,
-                                     model_kwargs={"use_safetensors": True})
-    except Exception as error:  # OSError, ValueError, RuntimeError, KeyError, SafetensorError ...
-        raise UserError(f"{folder} holds no masked language model that can be read: "
-                        f"{first_line(error)}") from error
-    tokenizer = fill.tokenizer
-    ids = tokenizer(text).input_ids
-    if tokenizer.mask_token_id not in ids or len(ids) > tokenizer.model_max_length:
-        raise UserError(f"--fill_mask {text[:50]!r} must hold {tokenizer.mask_token} and at most "
-                        f"{tokenizer.model_max_length} tokens", 2)
-    answers = fill(text)
-    answers = answers if isinstance(answers[0], list) else [answers]
-    print0(text)
-    for number, candidates in enumerate(answers, 1):
-        if len(answers) > 1:
-            print0(f"mask {number}:")
-        for each in candidates:
-            print0(f"  {each['score']:.4f}  {each['token_str']!r}")
-    return answers
-
-
-def finished_model(out_dir):
-    """The folder whose model --fill_mask asks: out_dir, or its newest checkpoint."""
-    finished = [out_dir] if (out_dir / "model.safetensors").exists() else []
-    if found := finished + runtime.checkpoints(out_dir):
-        return found[0]
-    others = sorted(str(p.parent) for p in out_dir.parent.glob("*/model.safetensors"))
-    remedy = f"--out_dir={' or --out_dir='.join(others)} does" if others else "train it first"
-    raise UserError(f"--fill_mask asks a finished run, and {out_dir} holds none; {remedy}")
-
-
-def check(cfg):
-    """Raise UserError (code 2) unless the settings make sense together."""
-    check_range(cfg, 1, "n_layer", "n_head", "n_embd", "batch_size", "gradient_accumulation_steps",
-                "log_interval", "keep_checkpoints")
-    check_range(cfg, 0, "max_iters", "warmup_iters", "weight_decay", "learning_rate", "init_std",
-                "eval_interval", "save_interval")
-    check_range(cfg, 0, "dropout", "val_fraction", high=0.99)
-    check_range(cfg, 0.01, "mlm_probability", high=0.99)
-    check_range(cfg, 1e-9, "max_epochs", "grad_clip")
-    check_range(cfg, 0, "seed", high=2**32 - 1)  # numpy's limit
-    check_range(cfg, 3, "block_size")  # <s>, a token, </s>
-    check_range(cfg, 261, "vocab_size")  # 256 bytes and 5 special tokens
-    if cfg.n_embd % cfg.n_head:
-        raise UserError(f"--n_embd {cfg.n_embd} is no multiple of --n_head {cfg.n_head}", 2)
-
-
-def find_start(cfg):
-    """Returns (settings, checkpoint or None, its run.json): a resumed run's settings come from its
-    checkpoint, and what is given now wins. Deletes nothing."""
-    out_dir = Path(cfg.out_dir)
-    there = [name for name in MODEL_FILES if (out_dir / name).exists()]
-    if there and not (out_dir / "run.json").exists():
-        raise UserError(f"{out_dir} holds {there[0]}, which no run of this script has written; "
-                        "choose another --out_dir")
-    if there and not (cfg.resume or cfg.overwrite):
-        raise UserError(f"{out_dir} holds a finished run; start again with --overwrite")
-    start, saved = runtime.find_run(out_dir, cfg.resume, cfg.overwrite)
-    if start:
-        given = getattr(cfg, "given", None) or set(changed(cfg))
-        given = {"out_dir", "resume", "overwrite", "tokenizer", *given} & set(asdict(cfg))
-        given |= {"max_iters"} if "max_epochs" in given else set()  # the old end is not meant then
-        old = load(Config, [f"--{f.name}={saved[f.name]}" for f in fields(Config)
-                            if f.name in saved and f.name not in given])
-        cfg = replace(old, **{name: getattr(cfg, name) for name in given})
-    check(cfg)
-    return cfg, start, saved
-
-
-def make_datasets(cfg, lines, tokenizer, per_iteration):
-    """Returns (training set, evaluation set or None, iterations of the schedule)."""
-    n_val = max(1, int(len(lines) * cfg.val_fraction)) if cfg.val_fraction and lines[1:] else 0
-    halves = lines[: len(lines) - n_val], lines[len(lines) - n_val :]
-    train, val = (encode(x, tokenizer, cfg.block_size, cfg.packing) for x in halves)
-    if not train:
-        raise UserError(f"--source {cfg.source} holds nothing that the tokenizer can encode")
-    iterations = math.ceil(len(train) * cfg.max_epochs / per_iteration)
-    if cfg.max_iters > iterations:
-        epochs = math.ceil(100 * cfg.max_iters * per_iteration / len(train)) / 100
-        raise UserError(f"--max_iters {cfg.max_iters} is beyond the {iterations} iterations of "
-                        f"--max_epochs {cfg.max_epochs:g}; give --max_epochs {epochs:g}", 2)
-    val_set = MaskedDataset(val, tokenizer, cfg.seed, EVAL_PROBABILITY)
-    train_set = MaskedDataset(train, tokenizer, cfg.seed, cfg.mlm_probability,
-                              length=iterations * per_iteration)
-    return train_set, val_set if val else None, iterations
+# the Trainer: its arguments, one callback, and one method for whole checkpoints
 
 
 def training_arguments(cfg, accelerator, iterations, evaluates):
@@ -576,18 +318,219 @@ def training_arguments(cfg, accelerator, iterations, evaluates):
     return args
 
 
+class RunCallback(transformers.TrainerCallback):
+    """Seeds, bad gradients, signals; log.csv, loss.png and progress in place of its printer."""
+
+    def __init__(self, done, last, resumed, accelerator, stop):
+        self.done, self.last, self.resumed = done, last, resumed
+        self.accelerator, self.stop = accelerator, stop
+        self.bad, self.signum, self.begun = runtime.BadUpdates(), 0, False
+
+    def on_train_begin(self, args, state, control, lr_scheduler, **kwargs):
+        """A resumed run takes intervals and rate from its own settings, not the checkpoint's."""
+        if self.done:
+            if state.global_step != self.done or type(state.log_history) is not list:
+                raise ValueError("trainer_state.json belongs to another checkpoint")
+            state.compute_steps(args, state.max_steps)
+            lr_scheduler.base_lrs = [args.learning_rate for _ in lr_scheduler.base_lrs]
+            lr_scheduler.last_epoch -= 1
+            lr_scheduler.step()
+        self.begun = True
+        self.folder, first = Path(args.output_dir), state.is_world_process_zero
+        self.log = runtime.RunLog(self.folder, self.last, self.done, first, keep_until=self.done,
+                                  columns=[*runtime.LOG_COLUMNS, "val_accuracy"])
+        self.tokens, self.updating = state.num_input_tokens_seen, 0.0  # at, and since, the last row
+        self.clock = time.perf_counter()
+
+    def lap(self, stage):
+        """Count the time since the last call as `stage`, and return it."""
+        seconds = time.perf_counter() - self.clock
+        self.clock += seconds
+        self.log.seconds[stage] = self.log.seconds.get(stage, 0.0) + seconds
+        return seconds
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        """Dropout is a function of the place in the run: there is no random state to save."""
+        torch.manual_seed(runtime.derive_seed(args.seed, state.global_step, args.process_index))
+
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        """Skip an update whose gradient is not finite; ten in a row end the run."""
+        # The Trainer has clipped: by a norm that is not finite, which leaves only 0 and nan.
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        if self.bad.count(bool(norm.isfinite()), state.global_step + 1):
+            model.zero_grad()  # without a gradient the optimizer leaves every weight as it is
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """A signal to any process stops all of them after this update, with a checkpoint."""
+        self.updating += self.lap("updates")
+        self.log.progress(state.global_step)
+        _, self.signum, late = self.stop.agree(self.accelerator)
+        last = state.global_step == self.last
+        control.should_training_stop |= last or self.signum > 0
+        at_end = last and args.eval_strategy != "no"
+        control.should_evaluate = (control.should_evaluate or at_end) and not self.signum
+        control.should_save |= control.should_training_stop or late
+        # A row at each checkpoint: a resumed run's next mean loss starts there as well.
+        control.should_log |= control.should_save or control.should_evaluate
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        if "loss" not in logs:  # an evaluation or the summary
+            return
+        tokens = state.num_input_tokens_seen
+        speed = round((tokens - self.tokens) / self.updating)
+        self.tokens, self.updating = tokens, 0.0
+        self.row = {"iter": state.global_step, "tokens": tokens, "lr": logs["learning_rate"],
+                    "loss": logs["loss"], "grad_norm": logs["grad_norm"], "tokens_per_s": speed}
+        self.log.progress(state.global_step, f"loss {logs['loss']:.4f}, {speed:,} tokens/s")
+        if not control.should_evaluate:
+            self.log.write(self.row)
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        """The row of this iteration waited for its validation loss."""
+        loss, accuracy = metrics["eval_loss"], metrics["eval_accuracy"]
+        self.log.write(self.row | {"val_loss": loss, "val_accuracy": accuracy})
+        self.log.print(f"iteration {state.global_step:,}: val loss {loss:.4f}, perplexity "
+                       f"{runtime.perplexity(loss):.2f}, masked accuracy {accuracy:.1%}")
+        if state.is_world_process_zero:
+            with disk_errors(self.folder):
+                runtime.plot_log(self.folder / "log.csv", self.folder / "loss.png",
+                                 self.folder.name, unit="masked token", resumed=self.resumed)
+        self.lap("evaluation")
+
+    def on_save(self, args, state, control, **kwargs):
+        self.stop.saved_at = time.monotonic()
+        self.lap("saving")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.log.print(f"trained for {self.log.close()}")
+
+
+class Trainer(transformers.Trainer):
+    """transformers' Trainer with checkpoints that are written whole and hold no pickled code."""
+
+    def __init__(self, run, keep, **kwargs):
+        self.run, self.keep = run, keep
+        self.began = time.perf_counter() - run["seconds"]
+        super().__init__(**kwargs)
+
+    def _save_checkpoint(self, model, trial):
+        """Write aside what train(resume_from_checkpoint=...) reads; rename it when it is whole."""
+        # Private, for want of a public way around a save: the Trainer's own writes in place, so
+        # that a kill leaves half a checkpoint, and pickles its arguments and the random state.
+        def write(folder):
+            if self.args.should_save:
+                self.model.save_pretrained(folder)
+                self.processing_class.save_pretrained(folder)
+                self.processing_class.backend_tokenizer.model.save(str(folder))  # the book's files
+                torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
+                torch.save(self.lr_scheduler.state_dict(), folder / "scheduler.pt")
+                if self.accelerator.scaler:
+                    torch.save(self.accelerator.scaler.state_dict(), folder / "scaler.pt")
+                self.state.save_to_json(str(folder / "trainer_state.json"))
+                self.run["seconds"] = time.perf_counter() - self.began
+                runtime.write_text(folder / "run.json", json.dumps(self.run, indent=2) + "\n")
+
+        folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step:06}")
+        runtime.save_checkpoint(self.accelerator, folder, write, self.keep)
+
+
+# ---------------------------------------------------------------------------------------------
+# the run
+
+
+def fill_mask(text, folder):
+    """Print the five likeliest tokens for each <mask> of `text`. Returns them, a list a mask."""
+    try:
+        fill = transformers.pipeline("fill-mask", model=str(folder), top_k=5,
+                                     model_kwargs={"use_safetensors": True})
+    except Exception as error:  # OSError, ValueError, RuntimeError, KeyError, SafetensorError ...
+        raise UserError(f"{folder} holds no masked language model: {first_line(error)}") from error
+    tokenizer = fill.tokenizer
+    ids = tokenizer(text).input_ids
+    if tokenizer.mask_token_id not in ids or len(ids) > tokenizer.model_max_length:
+        raise UserError(f"--fill_mask {text[:50]!r} must hold {tokenizer.mask_token} and at most "
+                        f"{tokenizer.model_max_length} tokens", 2)
+    answers = fill(text)
+    answers = answers if isinstance(answers[0], list) else [answers]
+    print0(text)
+    for number, candidates in enumerate(answers, 1):
+        print0(f"mask {number}:")
+        for each in candidates:
+            print0(f"  {each['score']:.4f}  {each['token_str']!r}")
+    return answers
+
+
+def check(cfg):
+    """Raise UserError (code 2) unless the settings make sense together."""
+    check_range(cfg, 1, "n_layer", "n_head", "n_embd", "batch_size", "log_interval")
+    check_range(cfg, 1, "gradient_accumulation_steps", "keep_checkpoints")
+    check_range(cfg, 0, "max_iters", "warmup_iters", "eval_interval", "save_interval")
+    check_range(cfg, 0, "weight_decay", "learning_rate", "init_std")
+    check_range(cfg, 0, "dropout", "val_fraction", high=0.99)
+    check_range(cfg, 0.01, "mlm_probability", high=0.99)
+    check_range(cfg, 1e-9, "max_epochs", "grad_clip")
+    check_range(cfg, 0, "seed", high=2**32 - 1)  # numpy's limit
+    check_range(cfg, 3, "block_size")  # <s>, a token, </s>
+    check_range(cfg, 261, "vocab_size")  # 256 bytes and 5 special tokens
+    if cfg.n_embd % cfg.n_head:
+        raise UserError(f"--n_embd {cfg.n_embd} is no multiple of --n_head {cfg.n_head}", 2)
+
+
+def find_start(cfg):
+    """Returns (settings, checkpoint or None, its run.json). Deletes nothing."""
+    out_dir = Path(cfg.out_dir)
+    start, saved = runtime.find_run(out_dir, cfg.resume, cfg.overwrite)
+    there = [name for name in MODEL_FILES if (out_dir / name).exists()]
+    known = (out_dir / "run.json").exists()
+    if there and not (known and (cfg.resume or cfg.overwrite)):
+        remedy = "start again with --overwrite" if known else "choose another --out_dir"
+        raise UserError(f"{out_dir} holds {there[0]} of a finished model; {remedy}")
+    if not start:
+        check(cfg)
+        return cfg, None, {}
+    settings = saved | {"tokenizer": None}  # the checkpoint has its own
+    if "max_epochs" in runtime.given_names(cfg):
+        settings["max_iters"] = 0  # the old end is not meant then
+    try:
+        cfg = runtime.resume_settings(cfg, settings)
+        check(cfg)
+        saved |= {"resumed": [*saved.get("resumed", [])], "seconds": saved.get("seconds", 0) + 0.0}
+    except TypeError as error:
+        raise UserError(f"{start}/run.json is none of this script's: {error}") from error
+    return cfg, start, saved
+
+
+def make_datasets(cfg, lines, tokenizer, per_iteration):
+    """Returns (training set, evaluation set or None, iterations of the schedule)."""
+    n_val = max(1, int(len(lines) * cfg.val_fraction)) if cfg.val_fraction and lines[1:] else 0
+    halves = lines[: len(lines) - n_val], lines[len(lines) - n_val :]
+    train, val = (encode(x, tokenizer, cfg.block_size, cfg.packing) for x in halves)
+    if not train:
+        raise UserError(f"--source {cfg.source} holds nothing that the tokenizer can encode")
+    iterations = math.ceil(len(train) * cfg.max_epochs / per_iteration)
+    if cfg.max_iters > iterations:
+        epochs = math.ceil(cfg.max_iters * per_iteration / len(train))
+        raise UserError(f"--max_iters {cfg.max_iters} is more than --max_epochs {cfg.max_epochs:g} "
+                        f"gives, {iterations} iterations; give --max_epochs {epochs}", 2)
+    val_set = MaskedDataset(val, tokenizer, cfg.seed, EVAL_PROBABILITY)
+    train_set = MaskedDataset(train, tokenizer, cfg.seed, cfg.mlm_probability,
+                              length=iterations * per_iteration)
+    return train_set, val_set if val else None, iterations
+
+
 def export(checkpoint, out_dir):
     """Copy model and tokenizer of a checkpoint into out_dir, each file whole or not at all."""
-    with runtime.disk_errors(out_dir):
-        for name in MODEL_FILES:
+    with disk_errors(out_dir):
+        for name in ("run.json", *MODEL_FILES):
             if (checkpoint / name).exists():
                 shutil.copyfile(checkpoint / name, out_dir / f".tmp-{name}")
                 (out_dir / f".tmp-{name}").replace(out_dir / name)
 
 
 def train(cfg, accelerator, lines, stop, start, saved):
-    """Train on `lines` in cfg.out_dir, which is locked, and fill in a first mask. Returns the
-    Trainer, with .model, .processing_class (the tokenizer) and .state.log_history."""
+    """The run, in a locked cfg.out_dir. Returns the Trainer, with .model, .processing_class (the
+    tokenizer) and .state.log_history."""
     out_dir, first = Path(cfg.out_dir), accelerator.is_main_process
 
     # ---- tokenizer, data, model
@@ -611,18 +554,20 @@ def train(cfg, accelerator, lines, stop, start, saved):
     tokens = b",".join(ids.tobytes() for ids in train_set.examples)
     same["tokens_sha256"] = hashlib.sha256(tokens).hexdigest()  # another tokenizer shows here
     same["text_sha256"] = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-    run = asdict(cfg) | same | {"machine": runtime.describe_machine(accelerator), "resumed": []}
+    run = {"script": "train_roberta.py", **asdict(cfg), **same,
+           "started": saved.get("started") or time.strftime("%Y-%m-%d %H:%M"),
+           "seconds": saved.get("seconds", 0.0), "resumed": saved.get("resumed", []),
+           "machine": runtime.describe_machine(accelerator)}
     if start:
         runtime.check_same(start, saved, same)
-        run["resumed"] = [*saved.get("resumed", []), done]
+        run["resumed"].append(done)
         if done >= last:
             if first:
                 export(start, out_dir)  # where the run was killed before it got to this
             raise UserError(f"{out_dir} is finished: {done} iterations are done, {last} are asked "
                             "for; resume with a larger --max_epochs or --max_iters", 2)
         if saved.get("max_epochs") != cfg.max_epochs:
-            print0(f"the schedule now ends at iteration {iterations:,}, and the learning rate "
-                   "goes on from there on its new line")
+            print0(f"the learning rate now falls to zero at iteration {iterations:,}")
     print0("configuration:", ", ".join(f"{k}={v!r}" for k, v in changed(cfg).items()) or "defaults")
     print0(f"{accelerator.device.type} x {accelerator.num_processes}, precision "
            f"{accelerator.mixed_precision}; {model.num_parameters():,} parameters, vocabulary "
@@ -630,37 +575,31 @@ def train(cfg, accelerator, lines, stop, start, saved):
            f"train on, {len(val_set or ()):,} held out; {last:,} iterations of {per_iteration}")
 
     # ---- the Trainer
-    updates = UpdateCallback(cfg.seed, done, last, accelerator, stop)
-    muon = None  # then the Trainer makes its AdamW
-    if cfg.optimizer == "muon":
-        muon = MuonAdamW(model, cfg.learning_rate, cfg.weight_decay)
+    callback = RunCallback(done, last, run["resumed"], accelerator, stop)
     trainer = Trainer(
-        run, cfg.keep_checkpoints, model=model, optimizers=(muon, None),
+        run, cfg.keep_checkpoints, model=model, processing_class=tokenizer, callbacks=[callback],
         args=training_arguments(cfg, accelerator, iterations, bool(val_set)),
-        callbacks=[updates, LogCallback(last, run["resumed"])], processing_class=tokenizer,
-        train_dataset=train_set, eval_dataset=val_set, compute_metrics=compute_metrics,
+        train_dataset=train_set, eval_dataset=val_set,
         data_collator=partial(collate, pad_id=tokenizer.pad_token_id),
-        preprocess_logits_for_metrics=example_statistics)
+        preprocess_logits_for_metrics=example_statistics, compute_metrics=compute_metrics)
     trainer.remove_callback(transformers.PrinterCallback)
-    with runtime.disk_errors(out_dir):
-        if first and cfg.overwrite:
-            runtime.clear_run(out_dir, *MODEL_FILES)
-        if first:
+    if first:
+        with disk_errors(out_dir):
+            if cfg.overwrite:
+                runtime.clear_run(out_dir, *MODEL_FILES)
             runtime.write_text(out_dir / "run.json", json.dumps(run, indent=2) + "\n")
     accelerator.wait_for_everyone()
     try:
-        if start:  # the Trainer would only warn of missing weights
-            with safe_open(start / "model.safetensors", "pt") as weights:
-                if set(weights.keys()) != {name for name, _ in model.named_parameters()}:
-                    raise ValueError("model.safetensors belongs to another model")
+        if start:
+            load_model(model, start / "model.safetensors")  # the Trainer only warns of what lacks
         trainer.train(resume_from_checkpoint=start and str(start))
     except Exception as error:  # while it loads: right checksums say nothing of the contents
-        if updates.begun or not start:
+        if callback.begun or not start:
             raise
         raise UserError(f"{start} cannot be loaded: {first_line(error)[:150]}; start a new "
                         "--out_dir") from error
-    if updates.signum:
-        stop.exit(updates.signum, out_dir, runtime.resume_command(out_dir))
+    if callback.signum:
+        stop.exit(callback.signum, out_dir, runtime.resume_command(out_dir))
 
     # ---- the finished model becomes out_dir's own and answers a first question
     if first:
@@ -674,7 +613,12 @@ def main(cfg):
     """Train as `cfg` says; or, with cfg.fill_mask, ask a run that is there."""
     transformers.logging.disable_progress_bar()
     if cfg.fill_mask:
-        return fill_mask(cfg.fill_mask, finished_model(Path(cfg.out_dir)))
+        out_dir = Path(cfg.out_dir)
+        found = [out_dir] if (out_dir / "model.safetensors").exists() else []
+        found += runtime.checkpoints(out_dir)
+        if not found:
+            raise UserError(f"--fill_mask: {out_dir} holds no run; train, or say which --out_dir")
+        return fill_mask(cfg.fill_mask, found[0])
     cfg, start, saved = find_start(cfg)
     accelerator = runtime.make_accelerator(cfg.mixed_precision)
     raw_dir = Path(cfg.data_dir, cfg.source if cfg.source in prepare.PRESETS else "roberta")
@@ -683,12 +627,14 @@ def main(cfg):
     cfg = replace(cfg, source=prepare.hide_secrets(cfg.source))  # it is printed and saved
     if not lines:
         raise UserError(f"--source {cfg.source}: every line is blank")
-    with contextlib.ExitStack() as at_the_end:
-        if accelerator.is_main_process:
-            at_the_end.callback(runtime.lock_folder(cfg.out_dir).release)
-        stop = runtime.StopSignal()
-        at_the_end.callback(stop.release)
+    lock = runtime.lock_folder(cfg.out_dir) if accelerator.is_main_process else None
+    stop = runtime.StopSignal()
+    try:
         return train(cfg, accelerator, lines, stop, start, saved)
+    finally:
+        stop.release()
+        if lock:
+            lock.release()
 
 
 if __name__ == "__main__":

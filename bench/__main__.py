@@ -4,7 +4,7 @@
     python -m bench loss --peer ../old --json loss.json
     python -m bench --help                       # all rows, and about how long each takes
 
-To add a row, add a file: --help says its first line, and its run(cfg, folder) measures.
+To add a row, add a file: --help shows its first line, and its run(cfg, folder) measures.
 """
 
 import ast
@@ -13,14 +13,12 @@ import json
 import os
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from configurator import commit, load
-from runtime import UserError, check_range, clock_text, print0, run_script
-
-NO_ROWS = ("__init__", "__main__", "llama", "plain", "turns")
+from runtime import UserError, check_range, print0, run_script
 
 
 @dataclass
@@ -30,16 +28,16 @@ class Config:
     rounds: int | None = None  # turns of each side; None: 5, or 3 or 1 in a long row
     json: str | None = None  # write the figures there too
     text: str | None = None  # prepare, roberta, char, verdict, scale, loss: a file; None: a preset
-    run: str = "out/stdlib"  # quantize: a run of train.py
+    out_dir: str = "out/stdlib"  # quantize: a run of train.py
     peer: str | None = None  # loss: the folder of another checkout of this project
-    tiny: bool = False  # tiny models and texts, to see that a row runs: its figures mean nothing
+    RETIRED: ClassVar = {"run": "--out_dir"}
 
 
 def describe_rows():
     """{row: the first line of its file}, read without an import: --help answers at once."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
-    docs = {f.stem: ast.get_docstring(ast.parse(f.read_text(encoding="utf-8"))) for f in files}
-    return {row: doc.splitlines()[0] for row, doc in docs.items() if row not in NO_ROWS}
+    texts = {f.stem: f.read_text(encoding="utf-8") for f in Path(__file__).parent.glob("*.py")}
+    return {row: ast.get_docstring(ast.parse(text)).splitlines()[0]
+            for row, text in sorted(texts.items()) if "\ndef run(" in text}
 
 
 def main(cfg, rows):
@@ -52,11 +50,9 @@ def main(cfg, rows):
                             "says what they measure", 2)
     results = {"commit": commit(), "rows": {}}
     for row in rows:
-        began = time.perf_counter()
         print0(f"\n{row}: {known[row]}\n")
         with tempfile.TemporaryDirectory(prefix="bench-") as folder:
             results["rows"][row] = importlib.import_module(f"bench.{row}").run(cfg, Path(folder))
-        print0(f"\n{row} took {clock_text(time.perf_counter() - began)}")
         if cfg.json:  # now: the next row may take an hour
             Path(cfg.json).write_text(json.dumps(results, indent=2), encoding="utf-8")
     return results

@@ -4,25 +4,22 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bench.turns import ROOT, Side, command, compare
+from bench.scripts import ROOT, command
+from bench.turns import Side, compare
 from runtime import UserError
 
 
 def run(cfg, folder):
     """python train.py in both, each on data that its own prepare.py made."""
-    checkouts = {"this checkout": ROOT}
-    if cfg.peer:
-        checkouts[cfg.peer] = Path(cfg.peer).resolve()
-    else:
-        print("skipped: another checkout; name one: git worktree add OLD COMMIT; --peer OLD")
+    if not (cfg.peer and Path(cfg.peer, "train.py").exists()):
+        raise UserError(f"--peer {cfg.peer} holds no train.py; make another checkout: "
+                        "git worktree add OLD COMMIT; then --peer OLD", 2)
+    source = Path(cfg.text).resolve() if cfg.text else "stdlib"
     sides = []
-    for number, (name, checkout) in enumerate(checkouts.items()):
-        if not (checkout / "train.py").exists():
-            raise UserError(f"--peer {name} holds no train.py; name a checkout's folder", 2)
-        data = ["--dataset=text", f"--data_dir={folder}/{number}"]
-        source = Path(cfg.text).resolve() if cfg.text else "stdlib"
+    for name, checkout in {"this checkout": ROOT, cfg.peer: Path(cfg.peer).resolve()}.items():
+        data = ["--dataset=text", f"--data_dir={folder}/{len(sides)}"]
         subprocess.run([sys.executable, "prepare.py", *data, f"--source={source}"], cwd=checkout,
                        check=True, stdout=subprocess.DEVNULL)
-        words = ["train.py", *data, "--out_dir=OUT", "--seed=SEED", *["--max_iters=2"] * cfg.tiny]
-        sides.append(Side(name, command, (words, str(folder), str(checkout))))
+        words = ["train.py", *data, "--out_dir=OUT", "--seed=SEED"]
+        sides.append(Side(name, command, (words, folder, checkout)))
     return compare(cfg, {"python train.py, whole command (runs/h)": sides}, rounds=3)

@@ -3,19 +3,21 @@
 import random
 
 import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
 
-from bench.turns import Side, compare, logged_speed
+from bench.scripts import logged_speed
+from bench.turns import Side, compare
+
+WORDS = [f"w{i}" for i in range(30_522)]
 
 
-def lesson(model, file):
+def lesson(folder, file):
     """Tokens, padding not counted, of 20 updates of 8 pairs by the plain loop of a lesson."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    model = AutoModelForSequenceClassification.from_pretrained(model).train()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5)
-    with open(file, encoding="utf-8") as f:
-        pairs = [line.split("\t") for line in f.read().splitlines()[1:]]
+    pairs = [line.split("\t") for line in file.read_text(encoding="utf-8").splitlines()[1:]]
     while True:
         tokens = 0
         for _ in range(20):
@@ -29,36 +31,30 @@ def lesson(model, file):
         yield tokens
 
 
-def write_model(folder, tiny):
-    """A random BERT of MiniLM's shape and a tokenizer of 30,522 words."""
-    import transformers
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    shape = {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536}
-    shape = {"hidden_size": 48, "num_hidden_layers": 1, "intermediate_size": 64} if tiny else shape
-    model = transformers.BertForSequenceClassification(transformers.BertConfig(**shape))
-    model.save_pretrained(folder)
-    engine = Tokenizer(models.WordLevel({f"w{i}": i for i in range(30_522)}, "w0"))
-    engine.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=engine, pad_token="w0").save_pretrained(
-        folder)
+def write_pairs(file, count):
+    """Pairs of random words, as long as MSR's pairs: 53 +- 14 tokens."""
+    lines = ["sentence1\tsentence2\tlabel"]
+    for i in range(count):
+        length = int(min(55, max(10, random.gauss(26, 7))))
+        first, second = (" ".join(random.choices(WORDS[1:], k=length)) for _ in range(2))
+        lines.append(f"{first}\t{second}\t{i % 2}")
+    file.write_text("\n".join(lines), encoding="utf-8")
 
 
 def run(cfg, folder):
-    """640 pairs of random words, as long as MSR's pairs: 53 +- 14 tokens."""
-    def text(length):
-        return " ".join(f"w{random.randrange(1, 30_522)}" for _ in range(length))
-
+    """A random BERT of MiniLM's shape and a tokenizer of as many words."""
     random.seed(1)
-    lengths = [int(min(55, max(10, random.gauss(26, 7)))) for _ in range(640)]
-    pairs = [f"{text(n)}\t{text(n)}\t{i % 2}" for i, n in enumerate(lengths)]
-    for name, rows in {"train": pairs, "val": pairs[:16]}.items():
-        rows = ["sentence1\tsentence2\tlabel", *rows]
-        (folder / f"{name}.tsv").write_text("\n".join(rows), encoding="utf-8")
-    write_model(folder / "model", cfg.tiny)
-    model, file = str(folder / "model"), str(folder / "train.tsv")
-    options = {"model": model, "train_file": file, "validation_file": str(folder / "val.tsv"),
-               "max_iters": 40, "log_interval": 20}
+    write_pairs(folder / "train.tsv", 640)
+    write_pairs(folder / "val.tsv", 16)
+    shape = {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536}
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(**shape))
+    model.save_pretrained(folder / "model")
+    engine = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, "w0"))
+    engine.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=engine, pad_token="w0")
+    tokenizer.save_pretrained(folder / "model")
+    options = {"model": str(folder / "model"), "train_file": str(folder / "train.tsv"),
+               "validation_file": str(folder / "val.tsv"), "max_iters": 40, "log_interval": 20}
     return compare(cfg, {"fine-tune 22M, 8 pairs an update (tokens/s)": [
-        Side("finetune_mrpc.py", logged_speed, ("finetune_mrpc", options, str(folder))),
-        Side("plain fp32 loop", lesson, (model, file))]})
+        Side("finetune_mrpc.py", logged_speed, ("finetune_mrpc", options, folder)),
+        Side("plain fp32 loop", lesson, (folder / "model", folder / "train.tsv"))]})

@@ -6,12 +6,15 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from bench.turns import device_type
+from bench.scripts import command, prepare_data
+from bench.turns import Side, compare
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where the sides' models run
 
 
 def make_model(shape, T, dropout, tied=True):
     """transformers' GPT-2 of that shape, in training mode."""
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import GPT2Config, GPT2LMHeadModel  # slow
 
     options = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout)
     options |= dict.fromkeys(("bos_token_id", "eos_token_id"))
@@ -29,70 +32,77 @@ def updates(shape, rows, micro_batches, T, dropout, count=3):
     """Tokens of `count` updates. On a GPU with nanoGPT's settings instead: compiled, bf16, fused
     AdamW, the vocabulary padded to a multiple of 64."""
     torch.manual_seed(1)
-    device = device_type()
-    gpu = device == "cuda"
-    vocab_size = shape["vocab_size"]
-    padded = -(-vocab_size // 64) * 64 if gpu else vocab_size
-    model = make_model(shape | {"vocab_size": padded}, T, dropout).to(device)
+    gpu = DEVICE == "cuda"
+    padded = math.ceil(shape["vocab_size"] / 64) * 64 if gpu else shape["vocab_size"]
+    model = make_model(shape | {"vocab_size": padded}, T, dropout).to(DEVICE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=gpu or None)
     if gpu:
         model.compile()
     # as frequent as in a text, as in train.py
-    data = (vocab_size ** torch.rand(micro_batches, rows, T + 1)).long().to(device) - 1
+    data = (shape["vocab_size"] ** torch.rand(micro_batches, rows, T + 1)).long().to(DEVICE) - 1
     while True:
         for _ in range(count):
             for batch in data:
-                with torch.autocast(device, torch.bfloat16, enabled=gpu):
+                with torch.autocast(DEVICE, torch.bfloat16, enabled=gpu):
                     loss = loss_of(model, batch)
                 (loss / micro_batches).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-        yield count * data.size(0) * rows * T
+        yield count * micro_batches * rows * T
 
 
-def whole_run(folder, seed, shape, T, rows, stride, iterations, interval, eval_batches, rates,
-              clip=math.inf, dropout=0.0, tied=True):
+@torch.no_grad()
+def evaluate(model, windows, rows):
+    """The mean loss over windows (N, T + 1), `rows` of them at once."""
+    model.eval()
+    losses = [loss_of(model, batch).item() * len(batch) for batch in windows.split(rows)]
+    model.train()
+    return sum(losses) / len(windows)
+
+
+def whole_run(folder, seed, shape, T, rows, stride, iterations, interval, eval_batches, peak,
+              last, warmup, clip=math.inf, dropout=0.0, tied=True):
     """A run from the tokens in `folder` to its final losses, printed. Windows start at multiples of
     `stride`; every `interval` iterations `eval_batches` of both splits; at each epoch's start 50
-    tokens without a cache. rates: (peak, last, iterations of warm-up) of the cosine."""
-    data = {s: np.load(f"{folder}/{s}.npy").astype(np.int64) for s in ("train", "val")}
-    random = np.random.default_rng(seed)
+    tokens without a cache; the learning rate rises to `peak`, then falls to `last`, a cosine."""
     torch.manual_seed(seed)
-    model = make_model(shape | {"vocab_size": int(data["train"].max()) + 1}, T, dropout, tied)
+    windows = {}  # of each split: (N, T + 1), a view
+    for split in ("train", "val"):
+        tokens = torch.from_numpy(np.load(f"{folder}/{split}.npy").astype(np.int64))
+        windows[split] = tokens.unfold(0, T + 1, stride)
+    model = make_model(shape, T, dropout, tied)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.1)
-    starts = {split: np.arange(0, len(x) - T, stride) for split, x in data.items()}
     order = []
-
-    def loss_at(split, some):
-        windows = np.stack([data[split][i : i + T + 1] for i in some])
-        return loss_of(model, torch.from_numpy(windows))
-
-    @torch.no_grad()
-    def evaluate(split, windows):
-        parts = [windows[i : i + rows] for i in range(0, len(windows), rows)]
-        model.eval()
-        loss = sum(loss_at(split, part).item() * len(part) for part in parts) / len(windows)
-        model.train()
-        return loss
-
     for it in range(iterations):
         if len(order) < rows:
-            order = random.permutation(starts["train"])
-            model.generate(torch.from_numpy(data["val"][None, :4]), max_new_tokens=50,
-                           do_sample=False, use_cache=False, pad_token_id=0)
+            order = torch.randperm(len(windows["train"]))
+            model.generate(windows["val"][:1, :4], max_new_tokens=50, do_sample=False,
+                           use_cache=False, pad_token_id=0)
         if it % interval == 0:
-            for split in data:
-                evaluate(split, random.permutation(starts[split])[: rows * eval_batches])
-        peak, last, warmup = rates
+            for some in windows.values():
+                chosen = torch.randint(len(some), (rows * eval_batches,))
+                evaluate(model, some[chosen], rows)
         falling = 0.5 + 0.5 * math.cos(math.pi * (it - warmup) / (iterations - warmup))
         lr = peak * it / warmup if it < warmup else last + (peak - last) * falling
         optimizer.param_groups[0]["lr"] = lr
-        batch, order = np.split(order, [rows])
         optimizer.zero_grad()
-        loss_at("train", batch).backward()
+        loss_of(model, windows["train"][order[:rows]]).backward()
+        order = order[rows:]
         torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
-    n = (len(data["val"]) - 1) // T  # all windows of val, as many of train
-    for split in data:
-        print(f"{split} loss {evaluate(split, np.arange(n) * T):.3f}")
+    apart = {split: some[:: T // stride] for split, some in windows.items()}  # without overlap
+    for split, some in apart.items():
+        print(f"{split} loss {evaluate(model, some[: len(apart['val'])], rows):.3f}")
+
+
+def compare_recipes(cfg, folder, recipe, text, tokenizer, rounds, shape, **loop):
+    """train.py config/RECIPE.py beside whole_run(shape, **loop), both as commands."""
+    shape["vocab_size"] = prepare_data(recipe, text, tokenizer, folder)
+    ours = ["train.py", f"config/{recipe}.py", f"--data_dir={folder}", "--out_dir=OUT",
+            "--seed=SEED"]
+    call = f"whole_run('{folder}/{recipe}', SEED, {shape}, **{loop})"
+    plain = ["-c", f"from bench.plain import whole_run; {call}"]
+    return compare(cfg, {f"config/{recipe}.py, whole command (runs/h)": [
+        Side("train.py", command, (ours, folder)),
+        Side("the plain loop, transformers", command, (plain, folder))]}, rounds)

@@ -5,10 +5,12 @@ import sys
 import tempfile
 
 import prepare
-from bench.turns import ROOT, Side, compare, prepare_data, shape
+from bench.scripts import ROOT, prepare_data
+from bench.turns import SHAPE, Side, compare
 
-GPT2 = ["--bias", "--qkv_bias", "--tie_weights", "--rope_theta=None", "--rms_norm=False",
-        "--swiglu=False", "--qk_norm=False"]
+OPTIONS = """--dataset=start --out_dir=OUT --log_interval=1 --eval_interval=0 --max_iters=99
+    --batch_size=2 --optimizer=adamw --dropout=0.1 --n_layer=12 --n_head=12 --n_embd=768 --bias
+    --qkv_bias --tie_weights --rope_theta=None --rms_norm=False --swiglu=False --qk_norm=False"""
 
 
 def starting(words, folder):
@@ -26,15 +28,10 @@ def starting(words, folder):
 
 def run(cfg, folder):
     """On characters, 2 x 256; the plain loop is the train row's."""
-    prepare_data("start", prepare.__file__, "char", folder)
-    size = shape(cfg)
-    ours = ["train.py", "--dataset=start", f"--data_dir={folder}", "--out_dir=OUT",
-            "--log_interval=1", "--eval_interval=0", "--max_iters=99", "--batch_size=2",
-            "--optimizer=adamw", "--dropout=0.1", *GPT2]
-    ours += [f"--{name}={size[name]}" for name in ("n_layer", "n_head", "n_embd")]
-    size["vocab_size"] = prepare.read_meta(folder / "start")["vocab_size"]
-    plain = f"from bench.plain import updates as u; next(u({size}, 2, 1, 256, 0.1, 1))"
+    shape = SHAPE | {"vocab_size": prepare_data("start", prepare.__file__, "char", folder)}
+    ours = ["train.py", f"--data_dir={folder}", *OPTIONS.split()]
+    plain = f"from bench.plain import updates; next(updates({shape}, 2, 1, 256, 0.1, 1))"
     plain = ["-c", f"{plain}; print('iteration 1/', flush=True)"]
     return compare(cfg, {"first update of 86M (starts a minute)": [
-        Side("train.py", starting, (ours, str(folder))),
-        Side("transformers, plain fp32 loop", starting, (plain, str(folder)))]})
+        Side("train.py", starting, (ours, folder)),
+        Side("transformers, plain fp32 loop", starting, (plain, folder))]})

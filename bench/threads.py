@@ -2,17 +2,23 @@
 
 import os
 
-from bench.plain import updates
-from bench.train import cpu_work, ours
+import torch
+
+from bench import plain, train
 from bench.turns import Side, compare
 
 
+def on_threads(count, function):
+    """The turns of another side on so many threads of the CPU; a GPU is hidden."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    torch.set_num_threads(count)
+    yield from function(*train.CPU_WORK)
+
+
 def run(cfg, folder):
-    """Powers of two up to the cores of the machine; a GPU is hidden."""
-    comparisons = {}
-    for count in [2**i for i in range(os.cpu_count().bit_length())]:
-        env = {"OMP_NUM_THREADS": str(count), "CUDA_VISIBLE_DEVICES": ""}
-        comparisons[f"train 124M, 2 x 256, {count} thread(s) (tokens/s)"] = [
-            Side("train.py", ours, cpu_work(cfg), env=env),
-            Side("transformers, plain fp32 loop", updates, cpu_work(cfg), env=env)]
-    return compare(cfg, comparisons, rounds=3)
+    """Powers of two up to the cores of the machine."""
+    counts = [2**i for i in range(os.cpu_count().bit_length())]
+    return compare(cfg, {f"train 124M, 2 x 256, {count} thread(s) (tokens/s)": [
+        Side("train.py", on_threads, (count, train.ours)),
+        Side("transformers, plain fp32 loop", on_threads, (count, plain.updates))]
+        for count in counts}, rounds=3)

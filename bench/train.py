@@ -4,10 +4,12 @@ import numpy as np
 import torch
 
 import train
-from bench.plain import updates
-from bench.turns import BF16, Side, compare, device_type, shape
+from bench.plain import DEVICE, updates
+from bench.turns import BF16, SHAPE, Side, compare
 from model import GPT, GPTConfig
 from runtime import make_accelerator
+
+CPU_WORK = (SHAPE, 2, 1, 256, 0.1)  # the arguments of both sides: 2 x 256 tokens, dropout 0.1
 
 
 def ours(shape, rows, micro_batches, T, dropout, count=3):
@@ -21,7 +23,7 @@ def ours(shape, rows, micro_batches, T, dropout, count=3):
     optimizers = train.make_optimizers(model, cfg, device)
     model, *optimizers = accelerator.prepare(model, *optimizers)
     if device.type == "cuda":
-        train.try_compile(model, cfg, accelerator)
+        accelerator.unwrap_model(model).compile()
     sequences = rows * micro_batches
     # some tokens as frequent as in a text: the gradients of embeddings notice
     tokens = (shape["vocab_size"] ** np.random.rand(4 * sequences * T + 1)).astype(np.int64) - 1
@@ -37,23 +39,16 @@ def ours(shape, rows, micro_batches, T, dropout, count=3):
         yield count * sequences * T
 
 
-def cpu_work(cfg):
-    """The arguments of both sides on a CPU: 2 x 256 tokens, dropout 0.1."""
-    return shape(cfg), 2, 1, 32 if cfg.tiny else 256, 0.1
-
-
 def run(cfg, folder):
     """On a GPU 480 x 1,024 tokens, with as many sequences at once as nanoGPT has, and more."""
-    limit = (BF16, 6 * 124e6 + 12 * 12 * 768 * 256)  # FLOPs of a token: matrices, attention
-    if device_type() == "cpu":
-        work = cpu_work(cfg)
+    matrices = 6 * 124e6  # FLOPs of a token; attention comes on top
+    if DEVICE == "cpu":
         return compare(cfg, {"train 124M, 2 x 256, dropout 0.1 (tokens/s)": [
-            Side("train.py", ours, work, limit),
-            Side("transformers, plain fp32 loop", updates, work)]})
-    T, sequences = (64, 96) if cfg.tiny else (1024, 480)
-    many, few = ((shape(cfg), rows, sequences // rows, T, 0.0) for rows in (32, 12))
-    limit = (BF16, 6 * 124e6 + 12 * 12 * 768 * 1024)
+            Side("train.py", ours, CPU_WORK, BF16, matrices + 12 * 12 * 768 * 256),
+            Side("transformers, plain fp32 loop", updates, CPU_WORK)]})
+    many = (SHAPE, 32, 15, 1024, 0.0)
+    few = (SHAPE, 12, 40, 1024, 0.0)
     return compare(cfg, {"train 124M, 480 x 1,024, compiled (tokens/s)": [
-        Side("train.py, 32 at once", ours, many, limit),
+        Side("train.py, 32 at once", ours, many, BF16, matrices + 12 * 12 * 768 * 1024),
         Side("nanoGPT's settings, 12 at once", updates, few),
         Side("nanoGPT's settings, 32 at once", updates, many)]})

@@ -16,6 +16,7 @@ rope_theta = None
 rms_norm = False
 swiglu = False
 qk_norm = False
+embd_norm = False
 norm_eps = 1e-5
 
 batch_size = 2

@@ -152,7 +152,7 @@ def test_all_formats_give_the_same_pairs(tmp_path):
 
 @pytest.mark.parametrize("name, text, words", [
     ("x.tsv", "sentence1\tlabel\nA b\t1\n", "no column sentence2"),
-    ("x.tsv", HEADER + "A\tB\t1\n" * 2 + "C\tD\t2\n", "x.tsv, pair 3: the label '2'"),
+    ("x.tsv", HEADER + "A\tB\t1\n" * 2 + "C\tD\t2\n", "pair 3: the label '2' is none of 0, 1"),
     ("x.tsv", HEADER + "A\tB\t1\nC\tD\t2\n" * 2, "dev.tsv, pair 1: the label '0'"),
     ("x.tsv", HEADER + "A\tB\t\n", "pair 1: label is empty"),
     ("x.tsv", HEADER + "A\tB\t-1\n", "pair 1: label is empty"),
@@ -349,11 +349,15 @@ def test_stopped_and_resumed_equals_uninterrupted(recipe, whole, tmp_path, capsy
     resume(tmp_path, max_iters=14)
     assert checkpoint_names(tmp_path) == [14, 11]
     assert same_weights(tmp_path / "best", tmp_path / "checkpoint-000011")
-    newest = runtime.checkpoints(tmp_path)[0]
+    newest, older = runtime.checkpoints(tmp_path)
+    first = runtime.read_run(older)
     (newest / "optimizer.bin").write_bytes(b"cut")
     found = resume(tmp_path, max_iters=0)
     said = capsys.readouterr().out
     assert "optimizer.bin is damaged" in said and "resuming from" in said
+    saved = runtime.read_run(tmp_path / "checkpoint-000055")
+    assert saved["state"]["resumed"] == [5, 11] and saved["script"] == "finetune_mrpc.py"
+    assert saved["started"] == first["started"] and saved["seconds"] > first["seconds"] > 0
     for name in ("checkpoint-000055", "best"):
         assert same_weights(tmp_path / name, whole / name)
     optimizers = [(f / "checkpoint-000055" / "optimizer.bin") for f in (tmp_path, whole)]
@@ -589,6 +593,10 @@ def test_seeds(recipe, tmp_path, capsys, fails):
     (tmp_path / "results.json").unlink()
     again = resume(tmp_path)
     assert again["loss"] == pytest.approx(found["loss"], abs=1e-6)
+    one = resume(tmp_path / "seed-1", max_iters=4)  # a run of its own, without the other seeds
+    assert one["seed"] == 1 and not (tmp_path / "seed-1" / "seed-1").exists()
+    assert again["last.f1"] == pytest.approx((runs[0]["last"]["f1"] + runs[1]["last"]["f1"]) / 2)
+    assert runtime.read_run(tmp_path)["seconds"] > 0
 
 
 def test_one_class_is_warned_of(recipe, tmp_path, capsys):

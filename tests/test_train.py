@@ -457,6 +457,11 @@ def test_an_old_run_resumes(config):
     train.main(typed(f"--out_dir={cfg.out_dir}", "--resume", "--max_iters=7"))
     assert newest(cfg).name == "checkpoint-000007" and not same_weights(weights(cfg), before)
     assert saved(cfg)["model"]["rope_theta"] is None and saved(cfg)["train"]["schedule"] == "cosine"
+    model = train.GPT(train.GPTConfig(8, 51, 1, 2, 12))
+    for name in ("muon", "adamw"):  # an older run's AdamW has two groups: matrices, then the rest
+        made = train.make_optimizers(model, train.Config(optimizer=name), CPU)
+        matrices = [{p.dim() > 1 for p in group["params"]} for group in made[-1].param_groups]
+        assert matrices == [{True}, {False}]
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", '{"script": "train_roberta.py", "iter": 5}',

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -16,10 +15,11 @@ import safetensors.torch
 import torch
 import transformers
 from conftest import ROOT, snapshot
+from torch.nn.utils.rnn import pad_sequence
 
 import runtime
 import train_roberta
-from configurator import load
+from configurator import changed, load
 from runtime import UserError
 from train_roberta import Config, MaskedDataset, collate, encode, open_tokenizer
 
@@ -52,22 +52,24 @@ def resume(out_dir, *options):
     return train_roberta.main(load(Config, [f"--out_dir={out_dir}", "--resume", *options]))
 
 
-def command(cfg, *launcher):
-    """The command line of `cfg`, under `launcher`."""
-    options = [f"--{f.name}={getattr(cfg, f.name)}" for f in fields(Config)
-               if getattr(cfg, f.name) != f.default]
-    return [*(launcher or [sys.executable]), str(ROOT / "train_roberta.py"), *options]
+def command(cfg):
+    options = [f"--{name}={value}" for name, value in changed(cfg).items()]
+    return [str(ROOT / "train_roberta.py"), *options]
 
 
 def log(out_dir, *columns):
     return [[row[c] for c in columns] for row in runtime.read_log(out_dir / "log.csv")]
 
 
+def read_json(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def reseal(folder):
     """Make SHA256SUMS right again after a file was changed."""
-    folder.rename(folder.with_name("aside"))
-    (folder.with_name("aside") / "SHA256SUMS").unlink()
-    runtime.commit_folder(folder.with_name("aside"), folder)
+    aside = folder.rename(folder.with_name("aside"))
+    (aside / "SHA256SUMS").unlink()
+    runtime.commit_folder(aside, folder)
 
 
 @pytest.fixture(scope="session")
@@ -94,27 +96,26 @@ def test_loss_and_gradient_equal_transformers(tokenizer):
     pairs = [masked[i] for i in range(len(examples))]
     packed = collate(pairs, tokenizer.pad_token_id)
     assert packed["input_ids"].shape[0] < len(pairs)  # they do share rows
-    shape = len(pairs), max(len(ids) for ids, _ in pairs)
-    padded = {"input_ids": torch.full(shape, tokenizer.pad_token_id),
-              "labels": torch.full(shape, -100), "attention_mask": torch.zeros(shape).long()}
-    for i, (ids, labels) in enumerate(pairs):
-        for name, row in zip(padded, (ids, labels, np.ones_like(ids)), strict=True):
-            padded[name][i, : len(ids)] = torch.from_numpy(row)
+    ids, labels = ([torch.from_numpy(x) for x in column] for column in zip(*pairs, strict=True))
+    ids = pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id)
+    labels = pad_sequence(labels, batch_first=True, padding_value=-100)
+    plain = {"input_ids": ids, "attention_mask": (ids != tokenizer.pad_token_id).long()}
     ours = train_roberta.make_model(Config(n_layer=2, n_head=2, n_embd=32), tokenizer).eval()
     theirs = transformers.RobertaForMaskedLM(ours.config).eval()
     theirs.load_state_dict(ours.state_dict())
-    ours(**packed).loss.backward()
-    theirs(**padded).loss.backward()
-    assert ours(**packed).loss.item() == pytest.approx(theirs(**padded).loss.item(), abs=1e-5)
+    expected = theirs(**plain, labels=labels)
+    loss = ours(**packed).loss
+    assert loss.item() == pytest.approx(expected.loss.item(), abs=1e-5)
+    loss.backward()
+    expected.loss.backward()
     for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         assert torch.allclose(a.grad, b.grad, atol=1e-6), name
-    logits = theirs(**padded).logits.detach()
-    plain = {name: padded[name] for name in ("input_ids", "attention_mask")}
+    logits = expected.logits.detach()
     assert torch.equal(ours(**plain).logits, logits)
-    chosen = padded["labels"] != -100
-    loss, hits, count = train_roberta.example_statistics(logits[chosen], padded["labels"]).sum(0)
-    assert loss / count == pytest.approx(theirs(**padded).loss.item(), abs=1e-5)
-    assert hits == (logits.argmax(-1) == padded["labels"]).sum() and count == chosen.sum()
+    chosen = labels != -100
+    loss, hits, count = train_roberta.example_statistics(logits[chosen], labels).sum(0)
+    assert loss / count == pytest.approx(expected.loss.item(), abs=1e-5)
+    assert hits == (logits.argmax(-1) == labels).sum() and count == chosen.sum()
 
 
 def test_masks_are_berts_and_depend_on_the_place_alone(tokenizer):
@@ -128,10 +129,9 @@ def test_masks_are_berts_and_depend_on_the_place_alone(tokenizer):
     assert chosen[:, 1:-1].mean() == pytest.approx(0.15, abs=0.01)
     assert (ids[chosen] == tokenizer.mask_token_id).mean() == pytest.approx(0.8, abs=0.02)
     assert (ids[chosen] == 50).mean() == pytest.approx(0.1, abs=0.02)
-    assert (labels[chosen] == 50).all()
+    assert (labels[chosen] == 50).all() and (labels[7] != labels[8]).any()
     again = MaskedDataset(examples, tokenizer, 1337, 0.15)
-    assert all((a == b).all() for a, b in zip(masked[7], again[7], strict=True))
-    assert (masked[7][1] != masked[8][1]).any()
+    assert (again[7][0] == ids[7]).all() and (again[7][1] == labels[7]).all()
 
 
 def test_a_run_visits_each_example_once_an_epoch(tokenizer):
@@ -162,19 +162,18 @@ def test_encode_lines_and_blocks(tokenizer):
     blocks = encode(lines, tokenizer, 40, packing=True)
     assert {len(block) for block in blocks} == {38}
     whole = tokenizer.encode(f" reason is <mask></s> {'x' * 500} moral law",
-                             split_special_tokens=True)
-    overlap = len(blocks) * 38 - (len(whole) - 2)
-    stream = np.concatenate([*blocks[:-1], blocks[-1][overlap:]])
-    assert stream.tolist() == whole[1:-1]
+                             split_special_tokens=True)[1:-1]
+    overlap = len(blocks) * 38 - len(whole)
+    assert np.concatenate([*blocks[:-1], blocks[-1][overlap:]]).tolist() == whole
     assert len(encode(["duty"], tokenizer, 40, packing=True)[0]) < 38  # one short text, one block
 
 
 def test_a_text_without_blanks_trains_a_tokenizer():
     """The merges of one endless word take time that grows with the square of its length."""
     random = np.random.default_rng(0)
-    began = time.perf_counter()
+    began = time.process_time()
     train_roberta.train_tokenizer(["".join(random.choice([*"ACGT"], 200_000))], 400)
-    assert time.perf_counter() - began < 5
+    assert time.process_time() - began < 5
 
 
 # ---- whole runs
@@ -188,11 +187,9 @@ def one_process(text, tmp_path_factory):
     return out_dir
 
 
-@pytest.mark.parametrize("size, steps", [(2, 3), (3, 2)])
-def test_accumulation_agrees(text, one_process, tmp_path, size, steps):
+def test_accumulation_agrees(text, one_process, tmp_path):
     """A mean of micro-batch means would differ, the lines are of all lengths."""
-    train(text, tmp_path, max_iters=5, dropout=0.0, batch_size=size,
-          gradient_accumulation_steps=steps)
+    train(text, tmp_path, max_iters=5, dropout=0.0, batch_size=2, gradient_accumulation_steps=3)
     assert np.allclose(log(tmp_path, *SCORES[:5]), log(one_process, *SCORES[:5]), rtol=1e-5)
 
 
@@ -203,7 +200,7 @@ def test_two_processes_agree(text, one_process, tmp_path):
     last batch is padded with examples of the first must not count them twice."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     cfg = config(text, tmp_path / "two", max_iters=5, dropout=0.0, batch_size=3)
-    said = subprocess.run(command(cfg, *launcher), capture_output=True, text=True, timeout=200,
+    said = subprocess.run([*launcher, *command(cfg)], capture_output=True, text=True, timeout=200,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert said.returncode == 0, said.stderr
     assert "cpu x 2" in said.stdout and said.stdout.count("iteration 5/5") == 1
@@ -212,18 +209,17 @@ def test_two_processes_agree(text, one_process, tmp_path):
         assert [x or 0 for x in a] == pytest.approx([x or 0 for x in b], rel=1e-4)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_resume_is_bit_exact(text, tmp_path, optimizer):
+def test_resume_is_bit_exact(text, tmp_path):
     """N + N = 2N with dropout and accumulation: weights, optimizer and log, over an epoch's end."""
     changes = dict(batch_size=5, gradient_accumulation_steps=3, save_interval=5, max_epochs=3,
-                   warmup_iters=3, optimizer=optimizer, eval_interval=5)
-    train(text, tmp_path / "whole", max_iters=10, **changes)
-    train(text, tmp_path / "parts", max_iters=5, **changes)
-    resume(tmp_path / "parts", "--max_iters=10")
+                   warmup_iters=3, eval_interval=5)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(text, whole, max_iters=10, **changes)
+    train(text, parts, max_iters=5, **changes)
+    resume(parts, "--max_iters=10")
     for name in ("model.safetensors", "checkpoint-000010/optimizer.pt"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
-    assert log(tmp_path / "whole", *SCORES) == log(tmp_path / "parts", *SCORES)
-    assert len(log(tmp_path / "parts", "iter")) == 10
+        assert (whole / name).read_bytes() == (parts / name).read_bytes()
+    assert log(whole, *SCORES) == log(parts, *SCORES) and len(log(parts, "iter")) == 10
 
 
 def test_resume_with_another_accumulation_or_schedule(text, one_process, tmp_path):
@@ -231,12 +227,10 @@ def test_resume_with_another_accumulation_or_schedule(text, one_process, tmp_pat
     train(text, tmp_path, max_iters=3, dropout=0.0)
     resume(tmp_path, "--max_iters=5", "--batch_size=2", "--gradient_accumulation_steps=3")
     assert np.allclose(log(tmp_path, *SCORES[:5]), log(one_process, *SCORES[:5]), rtol=1e-5)
-    trainer = resume(tmp_path, "--max_epochs=2", "--max_iters=9", "--learning_rate=0.002",
-                     "--log_interval=2")
-    assert [row[0] for row in log(tmp_path, "iter")] == [1, 2, 3, 4, 5, 6, 8, 9]
-    assert log(tmp_path, "lr")[-3][0] == pytest.approx(0.002 * (37 - 5) / 37)
-    assert trainer.state.global_step == 9
-    assert json.loads((tmp_path / "run.json").read_text())["resumed"] == [3, 5]
+    resume(tmp_path, "--max_epochs=0.5", "--learning_rate=0.002", "--log_interval=2")
+    assert [row[0] for row in log(tmp_path, "iter")] == [1, 2, 3, 4, 5, 6, 8, 10]
+    assert log(tmp_path, "lr")[-2][0] == pytest.approx(0.002 * (10 - 7) / 10)
+    assert read_json(tmp_path / "run.json")["resumed"] == [3, 5]
 
 
 def test_checkpoints_are_whole_safe_and_few(finished):
@@ -248,7 +242,9 @@ def test_checkpoints_are_whole_safe_and_few(finished):
         assert runtime.verify_checksums(checkpoint) is None
         for path in [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]:
             torch.load(path, weights_only=True)
-    assert json.loads((finished / "run.json").read_text())["max_iters"] == 7
+    run = read_json(finished / "run.json")
+    assert run["max_iters"] == 7 and run["script"] == "train_roberta.py"
+    assert run["seconds"] > 0 and run["started"]
 
 
 def test_a_damaged_checkpoint_is_passed_over(text, tmp_path, capsys):
@@ -262,41 +258,47 @@ def test_a_damaged_checkpoint_is_passed_over(text, tmp_path, capsys):
     assert weights.read_bytes() == before
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "scheduler.pt",
-                                  "trainer_state.json", "tokenizer.json"])
-def test_right_sums_and_wrong_contents_are_one_line(text, tmp_path, fails, name):
+def test_right_sums_and_wrong_contents_are_one_line(text, tmp_path, fails):
     """The Trainer traces back, or trains fresh weights where it finds none that fit."""
     train(text, tmp_path, max_iters=3)
-    path = tmp_path / "checkpoint-000003" / name
-    text = path.read_text(errors="ignore").replace('"global_step": 3', '"global_step": 1')
-    other = {".pt": lambda: torch.save({}, path),
-             ".json": lambda: path.write_text(text.replace('"type": "BPE"', '"type": "none"')),
-             ".safetensors": lambda: safetensors.torch.save_file({"x": torch.ones(2)}, path)}
-    for spoil in (other[path.suffix], lambda: path.write_bytes(b"no such file")):
-        spoil()
-        reseal(path.parent)
-        fails(1, lambda: resume(tmp_path, "--max_iters=5"), str(path.parent))
+    checkpoint = tmp_path / "checkpoint-000003"
+    names = "model.safetensors optimizer.pt scheduler.pt trainer_state.json tokenizer.json".split()
+    torch.save({}, tmp_path / "empty.pt")
+    empty = (tmp_path / "empty.pt").read_bytes()
+    wrong = [(name, b"no such file") for name in names]
+    wrong += [("optimizer.pt", empty), ("scheduler.pt", empty),
+              ("model.safetensors", safetensors.torch.save({"x": torch.ones(2)}))]
+    for name, key, value in (("trainer_state.json", "global_step", 1), ("run.json", "resumed", 7),
+                             ("run.json", "seconds", "x"), ("run.json", "dropout", "x")):
+        content = read_json(checkpoint / name) | {key: value}
+        wrong.append((name, json.dumps(content).encode()))
+    for name, content in wrong:
+        before = (checkpoint / name).read_bytes()
+        (checkpoint / name).write_bytes(content)
+        reseal(checkpoint)
+        fails(1, lambda: resume(tmp_path, "--max_iters=5"), str(checkpoint))
+        (checkpoint / name).write_bytes(before)
 
 
 def test_refusals(text, tmp_path, fails):
     """An old run is neither mixed with nor lost by accident."""
-    train(text, tmp_path / "run", max_iters=3)
-    before = snapshot(tmp_path / "run")
+    out_dir = tmp_path / "run"
+    train(text, out_dir, max_iters=3)
+    before = snapshot(out_dir)
     (tmp_path / "other.txt").write_text("entirely different words\n" * 99)
-    fails(1, lambda: train(text, tmp_path / "run"), "--overwrite")
-    fails(2, lambda: resume(tmp_path / "run", "--n_embd=64", "--n_layer=3", "--batch_size=5"),
+    fails(1, lambda: train(text, out_dir), "--resume", "--overwrite")
+    fails(2, lambda: resume(out_dir, "--n_embd=64", "--n_layer=3", "--batch_size=5"),
           "n_embd is 64 but was 32", "n_layer is 3", "examples_per_iteration is 5")
-    fails(2, lambda: resume(tmp_path / "run", f"--source={tmp_path / 'other.txt'}"), "text_sha256")
-    fails(2, lambda: resume(tmp_path / "run"), "is finished", "--max_iters")
-    fails(2, lambda: resume(tmp_path / "run", "--max_iters=2"), "3 iterations are done")
+    fails(2, lambda: resume(out_dir, f"--source={tmp_path / 'other.txt'}"), "text_sha256")
+    fails(2, lambda: resume(out_dir), "is finished", "--max_iters")
+    fails(2, lambda: resume(out_dir, "--max_iters=2"), "3 iterations are done")
     for wrong in ({"block_size": 600}, {"text": "gone.txt"}, {"tokenizer": "gone"}):
         with pytest.raises(UserError):
-            train(**{"text": text, "out_dir": tmp_path / "run", "overwrite": True} | wrong)
-    after = snapshot(tmp_path / "run")
-    assert before.keys() <= after.keys()
+            train(**{"text": text, "out_dir": out_dir, "overwrite": True} | wrong)
+    after = snapshot(out_dir)
     assert all(before[name][0] == after[name][0] for name in before if before[name])
-    train(text, tmp_path / "run", max_iters=2, overwrite=True, n_embd=16, vocab_size=300)
-    new = json.loads((tmp_path / "run/config.json").read_text())
+    train(text, out_dir, max_iters=2, overwrite=True, n_embd=16, vocab_size=300)
+    new = read_json(out_dir / "config.json")
     assert [new["hidden_size"], new["vocab_size"]] == [16, 300]
 
 
@@ -316,17 +318,17 @@ def test_a_signal_saves_and_the_run_goes_on(text, tmp_path, number, code):
     """A stopped run ends with 130 or 143, a whole checkpoint, and goes on from it."""
     cfg = config(text, tmp_path, max_epochs=10_000)
     with open(tmp_path / "said.txt", "w") as said:
-        run = subprocess.Popen(command(cfg), stdout=said, stderr=said)
+        run = subprocess.Popen([sys.executable, *command(cfg)], stdout=said, stderr=said)
     for _ in range(1200):
         time.sleep(0.1)
         if "iteration 3/" in (tmp_path / "said.txt").read_text() or run.poll() is not None:
             break
     run.send_signal(number)
-    said = run.wait(timeout=60), (tmp_path / "said.txt").read_text()
-    assert said[0] == code, said[1]
+    status, said = run.wait(timeout=60), (tmp_path / "said.txt").read_text()
+    assert status == code, said
     (checkpoint,) = runtime.checkpoints(tmp_path)
     done = int(checkpoint.name[11:])
-    assert said[1].splitlines()[-1].endswith(f"--out_dir={tmp_path} --resume")
+    assert said.splitlines()[-1].endswith(f"--out_dir={tmp_path} --resume")
     assert not (tmp_path / "model.safetensors").exists()
     resume(tmp_path, f"--max_iters={done + 1}")
     assert [row[0] for row in log(tmp_path, "iter")] == list(range(1, done + 2))
@@ -350,8 +352,7 @@ def test_non_finite_gradients(text, tmp_path, fails, monkeypatch):
     monkeypatch.undo()
     fails(1, lambda: train(text, tmp_path / "all", max_epochs=3, max_iters=40, learning_rate=1e30,
                            save_interval=1), "10 updates in a row", "non-finite")
-    newest = runtime.checkpoints(tmp_path / "all")[0]
-    assert int(newest.name[11:]) < 40
+    assert int(runtime.checkpoints(tmp_path / "all")[0].name[11:]) < 40
 
 
 def test_a_forkers_bug_keeps_its_traceback(text, tmp_path, monkeypatch):
@@ -364,11 +365,12 @@ def test_a_forkers_bug_keeps_its_traceback(text, tmp_path, monkeypatch):
         resume(tmp_path / "a", "--max_iters=3")
 
 
+LONG = b"reason and duty " * 2000 + b"\nwill\n" * 3
+
+
 @pytest.mark.parametrize("data, packing", [
-    (b"Human reason.", False), (b"Human reason.", True),
-    (b"reason\r\nduty and will\r\n\r\n\r\npure", False),
-    (b"reason and duty " * 2000 + b"\nwill\n" * 3, False),
-    (b"reason and duty " * 2000 + b"\nwill\n" * 3, True)])
+    (b"Human reason.", False), (b"Human reason.", True), (LONG, False), (LONG, True),
+    (b"reason\r\nduty and will\r\n\r\n\r\npure", False)])
 def test_odd_texts_train(data, packing, tmp_path):
     """One line, fewer lines than a batch, lines longer than a block: each ends with a model."""
     (tmp_path / "text.txt").write_bytes(data)
@@ -389,7 +391,7 @@ def test_odd_texts_train(data, packing, tmp_path):
     (b"reason", {"seed": 2**64}, 2, "--seed"),
     (b"reason", {"max_iters": 9}, 2, "--max_epochs 54"),
     (b"reason", {"resume": True}, 1, "holds no checkpoint"),
-    (b"reason", {"fill_mask": "a <mask>"}, 1, "holds none")])
+    (b"reason", {"fill_mask": "a <mask>"}, 1, "holds no run")])
 def test_errors_are_one_line(data, changes, code, words, tmp_path, fails):
     """What is wrong, in one line, with the promised exit code."""
     if data is not None:
@@ -406,7 +408,7 @@ def test_out_dir_loads_with_plain_transformers(finished):
     model = transformers.AutoModelForMaskedLM.from_pretrained(finished)
     assert type(model) is transformers.RobertaForMaskedLM
     assert model.config.architectures == ["RobertaForMaskedLM"]
-    size = len(json.loads((finished / "vocab.json").read_text()))
+    size = len(read_json(finished / "vocab.json"))
     assert model.config.vocab_size == len(tokenizer) == size
     assert tokenizer.model_max_length == 512 and (finished / "merges.txt").exists()
     names = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
@@ -419,22 +421,20 @@ def test_out_dir_loads_with_plain_transformers(finished):
 
 def test_tokenizer_is_reused(finished, tmp_path):
     """--tokenizer takes the folder, its file, or the book's two files, and gives the same ids."""
-    book = tmp_path / "book"
-    book.mkdir()
     for name in ("vocab.json", "merges.txt"):
-        (book / name).write_bytes((finished / name).read_bytes())
-    (tmp_path / "other.txt").write_text("entirely different words\n" * 9)
+        (tmp_path / name).write_bytes((finished / name).read_bytes())
     expected = transformers.AutoTokenizer.from_pretrained(finished)("reason is <mask>.").input_ids
-    for k, path in enumerate((finished, finished / "tokenizer.json", book)):
-        out_dir = tmp_path / f"run{k}"
-        train(tmp_path / "other.txt", out_dir, max_iters=1, tokenizer=str(path))
-        assert (out_dir / "vocab.json").read_bytes() == (finished / "vocab.json").read_bytes()
-        ours = transformers.AutoTokenizer.from_pretrained(out_dir)("reason is <mask>.").input_ids
-        assert ours == expected
+    for path in (finished, finished / "tokenizer.json", tmp_path):
+        assert open_tokenizer(path)("reason is <mask>.").input_ids == expected
+    (tmp_path / "other.txt").write_text("entirely different words\n" * 9)
+    train(tmp_path / "other.txt", tmp_path / "run", max_iters=1, tokenizer=str(tmp_path))
+    assert (tmp_path / "run/vocab.json").read_bytes() == (finished / "vocab.json").read_bytes()
+    ours = transformers.AutoTokenizer.from_pretrained(tmp_path / "run")
+    assert ours("reason is <mask>.").input_ids == expected
 
 
 def test_fill_mask_only_fills(finished, capsys, fails):
-    """It prints five candidates a mask, trains nothing, needs no text, and names a finished run."""
+    """It prints five candidates a mask, trains nothing and needs no text."""
     before = snapshot(finished)
     answers = train("nowhere.txt", finished, fill_mask="reason is <mask> and <mask>.")
     scores = [each["score"] for each in answers[0]]
@@ -442,7 +442,6 @@ def test_fill_mask_only_fills(finished, capsys, fails):
     assert capsys.readouterr().out.count("\n") == 1 + 2 * 6
     fails(2, lambda: train("nowhere.txt", finished, fill_mask="reason is pure."), "<mask>")
     fails(2, lambda: train("nowhere.txt", finished, fill_mask="reason " * 600 + "<mask>"), "512")
-    fails(1, lambda: train("", finished.parent / "x", fill_mask="<mask>"), f"--out_dir={finished}")
     assert before == snapshot(finished)
 
 
@@ -464,11 +463,3 @@ def test_configs(name, millions, tokenizer, monkeypatch):
         model = train_roberta.make_model(cfg, tokenizer)
     assert model.num_parameters() / 1e6 == pytest.approx(millions, rel=0.05)
     assert cfg.out_dir == f"out/{name}"
-
-
-def test_retired_options_name_the_new(capsys):
-    """An old command must say what to write now."""
-    for old, new in Config.RETIRED.items():
-        with pytest.raises(SystemExit):
-            load(Config, [f"--{old}=3"])
-        assert f"--{old} is now {new}" in capsys.readouterr().err
