@@ -343,8 +343,9 @@ def model_card(model, saved, meta, library):
 
 def write_transformers(folder, model, tokenizer):
     """Fill `folder` with configuration, weights, tokenizer and generation settings."""
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast, logging
 
+    logging.disable_progress_bar()
     hf = to_transformers(model)
     for settings in (hf.config, hf.generation_config):
         settings.bos_token_id = settings.eos_token_id = settings.pad_token_id = tokenizer.eot_id

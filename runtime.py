@@ -306,7 +306,7 @@ def disk_errors(folder):
 def write_text(path, text):
     """Write a text file atomically: aside, then renamed. Line ends are written as they are."""
     aside = Path(path).with_name(f".tmp-{Path(path).name}")
-    with open(aside, "w", encoding="utf-8", newline="") as f:
+    with open(aside, "w", encoding="utf-8", errors="surrogateescape", newline="") as f:
         f.write(text)
     aside.replace(path)
 

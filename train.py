@@ -381,7 +381,8 @@ def read_samples(path):
     """The entries of samples.md: a list of re.Match with groups iteration, fence, text."""
     if not path.exists():
         return []
-    with open(path, encoding="utf-8", newline="") as f:
+    # surrogateescape: bytes that somebody else wrote go back as they were
+    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as f:
         entry = r"(?ms)^## iteration (\d+)[^\n]*\n\n(~{4,})\n(.*?)\n\2\n\n?"
         return list(re.finditer(entry, f.read()))
 
@@ -569,7 +570,7 @@ def train(cfg, accelerator, out_dir, stop):
     by_hand = changed(cfg)
     try:
         cfg = given = settings_of(cfg, saved if checkpoint else None)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{checkpoint} is no checkpoint of train.py: {error!r}") from error
     with accelerator.main_process_first():  # a missing preset is prepared once
         meta, data, files = load_data(cfg)

@@ -612,6 +612,7 @@ def train(cfg, accelerator, lines, stop, start, saved):
 def main(cfg):
     """Train as `cfg` says; or, with cfg.fill_mask, ask a run that is there."""
     transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()  # what it warns of is said here in a line
     if cfg.fill_mask:
         out_dir = Path(cfg.out_dir)
         found = [out_dir] if (out_dir / "model.safetensors").exists() else []

@@ -13,6 +13,7 @@ SWEEPS = {
     "batch_size": [{"batch_size": b} for b in (1, 2, 4, 8, 16, 32)],
     "processes": [{"processes": 1}, {"processes": 2, "batch_size": 4}],
 }
+TICKS = {"tokens/s": (300, 1000, 3000, 10_000, 30_000), "GB": (0.5, 1, 2, 4, 8)}
 OPTIONS = """--dataset=scale --out_dir=OUT --max_iters=6 --log_interval=3 --eval_iters=1
     --sample_tokens=0 --optimizer=adamw"""
 
@@ -40,10 +41,11 @@ def run(cfg, folder):
         points = [row["figures"] for row in results["table"] if row["work"] == name]
         sizes = [change.get(name) or figures[name][0]
                  for change, figures in zip(changes, points, strict=True)]
-        for cell, quantity in zip(column, ("tokens/s", "GB"), strict=True):
+        for cell, (quantity, ticks) in zip(column, TICKS.items(), strict=True):
             cell.loglog(sizes, [figures[quantity][0] for figures in points], marker="o")
             cell.set(xlabel=name, ylabel=quantity)
-            cell.set_xticks(sizes, [f"{size:.0f}" for size in sizes], minor=False)
+            cell.set_xticks(sizes, [f"{size:.0f}" for size in sizes])
+            cell.set_yticks(ticks, [f"{tick:,}" for tick in ticks])
             cell.minorticks_off()
     figure.suptitle("train.py: width 384, 2,048 tokens an update, but for what is varied")
     figure.savefig(ROOT / "docs/scale.png", dpi=110)

@@ -41,15 +41,16 @@ sys.path.insert(0, str(ROOT))
 os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
                "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
-import fast
-import model as model_file
 import numpy as np
-import prepare
-import runtime
 import torch
-import train_roberta
 import transformers
 from safetensors.torch import load_file, save_file
+
+import fast
+import model as model_file
+import prepare
+import runtime
+import train_roberta
 
 LAZY = transformers.RobertaForMaskedLM, transformers.AutoTokenizer, transformers.pipeline
 WORDS = "the firm sold its old plant to a rival for ten million dollars on late last Monday".split()
@@ -58,7 +59,7 @@ BASE = {  # what the commands of the table begin with
              "--batch_size=3 --max_iters=5 --eval_iters=1 --log_interval=1 --sample_tokens=5 "
              "--mixed_precision=no --out_dir=out/new",
     "free": "train.py --dataset=tiny --block_size=16 --eval_iters=1 --sample_tokens=5 "
-            "--batch_size=3 --mixed_precision=no --out_dir=out/new",  # neither shape nor length is given
+            "--batch_size=3 --mixed_precision=no --out_dir=out/new",  # no shape, no length
     "again": "train.py --out_dir=out/run --resume",
     "sample": "sample.py --out_dir=out/run --max_new_tokens=5",
     "report": "report.py --out_dir=out/run --tokens=9",
@@ -298,7 +299,8 @@ train ok: --block_size=1 --block_size=3 --block_size=7 --n_embd=24&--head_dim=8 
 free ok: --max_epochs=0.01 --minutes=0.0001 --max_epochs=1e-9 --init_from=gpt&--max_iters=2
   --dry_run&--init_from=gpt&--max_iters=2
 free clear: --init_from=gpt&--n_layer=2 --init_from=gpt&--dataset=bpe
-  --init_from=gpt&--block_size=99 --init_from=bert --init_from=data --init_from=out/run --dry_run&--init_from=bert
+  --init_from=gpt&--block_size=99 --init_from=bert --init_from=data --init_from=out/run
+  --dry_run&--init_from=bert
 again clear: --max_iters=4 --max_epochs=0.001 --n_layer=2 --n_embd=32 --block_size=8 --init=torch
   --optimizer=adamw --rope_theta=None --dataset=bpe --dataset=nope --batch_size=0 --dropout=1
   --tie_weights --init_from=gpt --n_head=1 --warmup_iters=99 --overwrite --seed={BIG}
@@ -682,7 +684,7 @@ def resumed_with_another_accumulation(b, a, b2, a2):
     right(f"{BASE['again']} --out_dir=out/two --batch_size={b2} "
           f"--gradient_accumulation_steps={a2}")
     change = largest_change(newest("out/new"), newest("out/two"))
-    need(change < 1e-3, f"the weights differ by {change} from those of a run that went on as before")
+    need(change < 1e-3, f"the weights differ by {change} from a run that went on as before")
 
 
 @inputs(*TRAINERS)

@@ -52,7 +52,7 @@ def test_sides_take_turns(tmp_path, capsys):
     assert file.read_text() == "ABABAB"
     assert ours["rates"] == [300] * 3 and peer["ratio"] == 3.0 and ours["share"] == 0.5
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert len(table) == 4 and len({line.count("|") for line in table}) == 1
+    assert len(table) == 4 and len({len(line) for line in table}) == 1  # aligned
     assert "3.00 (3.00 to 3.00)" in table[-1] and "loss 1.000 +- 0.000" in table[-1]
 
 
