@@ -41,16 +41,15 @@ sys.path.insert(0, str(ROOT))
 os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
                "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
-import numpy as np
-import torch
-import transformers
-from safetensors.torch import load_file, save_file
-
 import fast
 import model as model_file
+import numpy as np
 import prepare
 import runtime
+import torch
 import train_roberta
+import transformers
+from safetensors.torch import load_file, save_file
 
 LAZY = transformers.RobertaForMaskedLM, transformers.AutoTokenizer, transformers.pipeline
 WORDS = "the firm sold its old plant to a rival for ten million dollars on late last Monday".split()
@@ -59,7 +58,7 @@ BASE = {  # what the commands of the table begin with
              "--batch_size=3 --max_iters=5 --eval_iters=1 --log_interval=1 --sample_tokens=5 "
              "--mixed_precision=no --out_dir=out/new",
     "free": "train.py --dataset=tiny --block_size=16 --eval_iters=1 --sample_tokens=5 "
-            "--batch_size=3 --mixed_precision=no --out_dir=out/new",  # no shape, no length
+            "--batch_size=3 --mixed_precision=no --out_dir=out/new",
     "again": "train.py --out_dir=out/run --resume",
     "sample": "sample.py --out_dir=out/run --max_new_tokens=5",
     "report": "report.py --out_dir=out/run --tokens=9",
@@ -684,7 +683,7 @@ def resumed_with_another_accumulation(b, a, b2, a2):
     right(f"{BASE['again']} --out_dir=out/two --batch_size={b2} "
           f"--gradient_accumulation_steps={a2}")
     change = largest_change(newest("out/new"), newest("out/two"))
-    need(change < 1e-3, f"the weights differ by {change} from a run that went on as before")
+    need(change < 1e-3, f"{change} from the weights of a run that went on as before")
 
 
 @inputs(*TRAINERS)
@@ -1185,10 +1184,11 @@ def no_permission(path):
     if not os.geteuid():
         subprocess.run(["chmod", "-R", "a+rwX", "."], check=True)
     os.chmod(path, 0)
-    try:
-        clear(CLOSED[path], hook=nobody)
-    finally:
-        os.chmod(path, 0o755)
+    done = run(CLOSED[path], hook=nobody)
+    os.chmod(path, 0o755)
+    if "ModuleNotFoundError" in done.err:  # nor may nobody read this Python
+        raise Skipped
+    need(is_clear(done), f"not clear: exit code {done.code}, {done.err.strip()[-300:]}")
 
 
 def closed_pipe():
@@ -1227,7 +1227,7 @@ def torchrun(command):
     """Start a script in two processes."""
     script, *options = command.split()
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-                "--master_port=0", str(ROOT / script)]
+                "--standalone", str(ROOT / script)]
     return subprocess.Popen([*launcher, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             text=True)
 
