@@ -259,6 +259,7 @@ def beam_search(model, idx, max_new_tokens, num_beams, eos_id=None, kv_cache=Tru
 def load_checkpoint(folder):
     """(model, tokenizer, run.json) of a checkpoint of train.py, on the CPU, in eval mode. Raises
     UserError where the folder is damaged or another script's."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_model
 
     folder = Path(folder)
@@ -277,7 +278,11 @@ def load_checkpoint(folder):
         raise UserError(f"{folder}: its tokenizer has {tokenizer.vocab_size:,} tokens and its "
                         f"model {config.vocab_size:,}; they do not belong together")
     model = GPT(config)  # a bug in the model keeps its traceback
-    load_model(model, folder / "model.safetensors")
+    try:
+        load_model(model, folder / "model.safetensors")
+    except (OSError, RuntimeError, SafetensorError) as error:  # right checksums, wrong contents
+        raise UserError(f"{folder}/model.safetensors cannot be loaded: {first_line(error)}; name "
+                        "another --checkpoint") from error
     return model.eval(), tokenizer, saved
 
 

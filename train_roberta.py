@@ -528,6 +528,15 @@ def export(checkpoint, out_dir):
                 (out_dir / f".tmp-{name}").replace(out_dir / name)
 
 
+def load_weights(model, start):
+    """Load a checkpoint's weights; of missing ones the Trainer only warns. Raises UserError."""
+    try:
+        load_model(model, start / "model.safetensors")
+    except Exception as error:  # right checksums say nothing of the contents
+        raise UserError(f"{start} cannot be loaded: {first_line(error)[:150]}; start a new "
+                        "--out_dir") from error
+
+
 def train(cfg, accelerator, lines, stop, start, saved):
     """The run, in a locked cfg.out_dir. Returns the Trainer, with .model, .processing_class (the
     tokenizer) and .state.log_history."""
@@ -583,6 +592,8 @@ def train(cfg, accelerator, lines, stop, start, saved):
         data_collator=partial(collate, pad_id=tokenizer.pad_token_id),
         preprocess_logits_for_metrics=example_statistics, compute_metrics=compute_metrics)
     trainer.remove_callback(transformers.PrinterCallback)
+    if start:
+        load_weights(model, start)
     if first:
         with disk_errors(out_dir):
             if cfg.overwrite:
@@ -590,8 +601,6 @@ def train(cfg, accelerator, lines, stop, start, saved):
             runtime.write_text(out_dir / "run.json", json.dumps(run, indent=2) + "\n")
     accelerator.wait_for_everyone()
     try:
-        if start:
-            load_model(model, start / "model.safetensors")  # the Trainer only warns of what lacks
         trainer.train(resume_from_checkpoint=start and str(start))
     except Exception as error:  # while it loads: right checksums say nothing of the contents
         if callback.begun or not start:
