@@ -59,7 +59,7 @@ def short_command(line):
     """(script, words) of a README line made short, or (None, []) where it is not to be run."""
     words = shlex.split(line)
     script = next((word for word in words if word in SHORT), None)
-    needs_hub = re.search(r"HuggingFaceTB/|Qwen/", line)
+    needs_hub = re.search(r"SmolLM2|Qwen/", line)
     if not script or "pip" in words or needs_hub:
         return None, []
     if "--shard=0/2" in words:  # a vocabulary that is at hand
