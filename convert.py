@@ -204,6 +204,7 @@ def read_folder(folder):
             raise ValueError(f"a {said['model_type']} is none of {', '.join(FAMILIES)}")
         if not files:
             raise ValueError("it has no model.safetensors, and other formats can run code")
+        said |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # not read here
         config = type(AutoConfig.for_model(said["model_type"])).from_dict(said)
         for file in files:
             state |= load_file(file)
@@ -322,8 +323,9 @@ def public_name(source):
 def model_card(model, saved, meta, library):
     """README.md of an exported model: what it is and the figures of its run."""
     c = model.config
-    name = public_name(saved["train"]["dataset"])
-    start = public_name(saved["train"].get("init_from", "scratch"))
+    settings = saved.get("train") or {}
+    name = public_name(str(settings.get("dataset", "a model")))
+    start = public_name(str(settings.get("init_from", "scratch")))
     rows = [
         f"data set | {name} ({public_name(meta['source'])})",
         f"tokens | {meta['train_tokens']:,} train, {meta['val_tokens']:,} validation",
@@ -331,7 +333,7 @@ def model_card(model, saved, meta, library):
         f"model | {c.n_layer} layers, {c.n_head} heads ({c.n_kv_head} for keys and values), "
         f"width {c.n_embd}, context {c.block_size}",
         f"parameters | {model.count_parameters():,}",
-        f"trained | {saved['iter']:,} iterations from {start}",
+        f"trained | {saved.get('iter') or 0:,} iterations from {start}",
     ]
     for key in ("train_loss", "val_loss"):
         if saved.get(key) is not None:
@@ -525,8 +527,7 @@ def main(cfg):
             if cfg.format == "hf":
                 write_transformers(temporary, model, tokenizer)
             else:
-                name = Path(saved["train"]["dataset"]).name
-                write_gguf(temporary, model, tokenizer, name, cfg.dtype)
+                write_gguf(temporary, model, tokenizer, folder.name, cfg.dtype)
             (temporary / "README.md").write_text(card, encoding="utf-8")
             commit_folder(temporary, folder)
     finally:  # nothing is left of a failure

@@ -502,7 +502,9 @@ def train(cfg, accelerator, data, labels, stop, start, command):
     state = {"iteration": 0, "tokens": 0, "loss_sum": 0.0, "loss_pairs": 0, "skipped": 0,
              "metrics": None, "best_f1": -1.0, "resumed": [], "total": total}
     if folder:
-        runtime.check_same(folder, saved.get("same", {}), same)
+        runtime.check_same(folder, saved.get("same") or {}, same)
+        if saved["state"].keys() != state.keys():
+            raise UserError(f"{folder} is of another version; start a new --out_dir")
         state = saved["state"]
         check_progress(folder, state, end, total)
 

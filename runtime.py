@@ -8,6 +8,7 @@ import csv
 import ctypes
 import dataclasses
 import datetime
+import errno
 import hashlib
 import json
 import math
@@ -20,6 +21,7 @@ import signal
 import stat
 import sys
 import time
+import typing
 from pathlib import Path
 
 import filelock
@@ -27,6 +29,11 @@ import filelock
 LOG_COLUMNS = ["iter", "tokens", "lr", "loss", "grad_norm", "tokens_per_s"]
 LOG_COLUMNS += ["train_loss", "val_loss"]  # at evaluations
 RUN_FILES = ("best", "log.csv", "loss.png", "samples.md", "run.json")  # besides checkpoint-*
+# what is computed with later, whoever wrote the file
+RUN_TYPES = dict.fromkeys(("model", "train", "config", "state", "same", "machine"), dict)
+RUN_TYPES |= dict.fromkeys(("train_loss", "val_loss", "best_val_loss"), int | float | None)
+RUN_TYPES |= {"iter": int, "best_iter": int, "skipped": int, "resumed": list}
+RUN_TYPES["seconds"] = int | float
 MAX_BAD_UPDATES = 10  # non-finite in a row: the run has diverged
 SAVE_SECONDS = 15 * 60  # a checkpoint at least this often, whatever save_interval is
 
@@ -44,11 +51,19 @@ class UserError(Exception):
 
 
 def run_script(main, cfg):
-    """main(cfg) as a program: a UserError is one line on stderr, everything else a traceback."""
+    """main(cfg) as a program: a UserError, or a closed door of the system's, is one line on stderr,
+    everything else a traceback."""
     sys.stdout.reconfigure(encoding="utf-8")  # whatever the code page of a Windows pipe
     try:
         main(cfg)
-    except UserError as error:
+    except (UserError, OSError) as error:
+        closed = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EPIPE)
+        if isinstance(error, OSError):
+            if error.errno not in closed:
+                raise
+            with contextlib.suppress(OSError, ValueError):  # what could not be printed stays so
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            error = UserError(f"{error.filename or 'standard output'}: {error.strerror}")
         if is_first_process():
             print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(error.code) from None
@@ -327,6 +342,9 @@ def read_run(folder):
     saved = json.loads((folder / name).read_text(encoding="utf-8"))
     if not isinstance(saved, dict):
         raise ValueError(f"{folder / name} is no settings file")
+    for name in saved.keys() & RUN_TYPES.keys():
+        if not isinstance(saved[name], RUN_TYPES[name]):
+            raise ValueError(f"{name} is {saved[name]!r} in its run.json")
     return saved
 
 
@@ -340,9 +358,12 @@ def find_run(out_dir, resume, overwrite):
     found = checkpoints(out_dir)
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other; choose one", 2)
+    for path in (out_dir / name for name in RUN_FILES[1:]):
+        if path.exists() and not path.is_file():  # a pipe would never end
+            raise UserError(f"{path} is no file; move it away")
     traces = found or [p for p in (out_dir / "best",) if p.exists()]
     log = out_dir / "log.csv"
-    if not traces and log.is_file() and len(log.read_bytes().splitlines()) > 2:
+    if not traces and log.exists() and len(log.read_bytes().splitlines()) > 2:
         traces = [log]  # more than the header and iteration 0
     if traces and not (resume or overwrite):
         goes_on = "continue with --resume or " if found else ""
@@ -379,8 +400,22 @@ def resume_settings(cfg, settings):
             settings = settings | dict.fromkeys(group)
     settings = settings | {name: getattr(cfg, name) for name in given}
     settings |= {"resume": True, "overwrite": False, "out_dir": cfg.out_dir}
-    names = {f.name for f in dataclasses.fields(cfg)}
-    return type(cfg)(**{name: value for name, value in settings.items() if name in names})
+    hints = typing.get_type_hints(type(cfg))
+    settings = {f.name: settings[f.name] for f in dataclasses.fields(cfg) if f.name in settings}
+    for name, value in settings.items():
+        if not fits(value, hints[name]):
+            raise UserError(f"cannot resume {cfg.out_dir}: its {name} is {value!r}; start a new "
+                            "--out_dir")
+    return type(cfg)(**settings)
+
+
+def fits(value, hint):
+    """Whether a value out of a JSON file has the type of a Config's field."""
+    if typing.get_origin(hint) is typing.Literal:
+        return value in typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:
+        return isinstance(value, tuple | list)
+    return isinstance(value, hint) or isinstance(value, int) and isinstance(0.0, hint)
 
 
 def check_same(folder, saved, wanted):
@@ -548,7 +583,7 @@ class RunLog:
         kept = []
         with disk_errors(out_dir):
             if path.exists():
-                with open(path, newline="", encoding="utf-8") as f:
+                with open(path, newline="", encoding="utf-8", errors="replace") as f:
                     kept = [row for row in csv.reader(f)
                             if row and row[0].isdigit() and int(row[0]) <= keep_until]
             aside = path.with_name(".tmp-log.csv")
@@ -598,10 +633,14 @@ class RunLog:
 
 def read_log(path):
     """The rows of a log.csv as dicts of floats, None where a cell is empty; [] without a file."""
-    if not Path(path).exists():
+    if not Path(path).is_file():
         return []
-    with open(path, newline="", encoding="utf-8") as f:
-        return [{k: float(v) if v else None for k, v in row.items()} for row in csv.DictReader(f)]
+    rows = []
+    with open(path, newline="", encoding="utf-8", errors="replace") as f:
+        for row in csv.DictReader(f):
+            with contextlib.suppress(ValueError, TypeError):  # a row that somebody else wrote
+                rows.append({k: float(v) if v else None for k, v in row.items()})
+    return rows
 
 
 def perplexity(loss):

@@ -108,8 +108,232 @@ try:  # torch.optim.Muon, faster on some CPUs
 except ModuleNotFoundError:
     from torch.optim import Muon
 
-DATA_IDENTITY = ("source_sha256", "train_tokens", "val_tokens", "vocab_size", "tokenizer")
+DATA_IDENTITY = ("source_sha256", "train_tokens", "val_tokens", "vocab_size", "tokenizer",
+                 "tokenizer_sha256")
 MODEL_FIELDS = [f.name for f in fields(GPTConfig) if f.name != "vocab_size"]
+
+# ---------------------------------------------------------------------------------------------
+# the run
+
+
+def train(cfg, accelerator, out_dir, stop):
+    """The whole run, from top to bottom."""
+    device = accelerator.device
+    world = accelerator.num_processes
+
+    # -- where to start, data, settings; nothing is deleted yet --------------------------------
+    checkpoint, saved = None, {}
+    if not cfg.dry_run:
+        checkpoint, saved = runtime.first_process_calls(
+            accelerator, runtime.find_run, out_dir, cfg.resume, cfg.overwrite)
+    by_hand = changed(cfg)
+    try:
+        cfg = given = settings_of(cfg, saved if checkpoint else None)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{checkpoint} is no checkpoint of train.py: {error!r}") from error
+    with accelerator.main_process_first():  # a missing preset is prepared once
+        meta, data, files = load_data(cfg)
+    tokenizer = prepare.load_tokenizer(Path(cfg.data_dir) / cfg.dataset)
+    vocab_size = meta["vocab_size"]
+    rows = cfg.batch_size * cfg.gradient_accumulation_steps * world
+    check_data(cfg, data, vocab_size, rows)
+    train_windows = count_windows(data["train"], cfg.block_size)
+    cfg = choose_shape(cfg, len(data["train"]))
+    model = make_model(cfg, vocab_size, saved, tokenizer)
+    if checkpoint:
+        check_resume(cfg, checkpoint, saved, meta, model.config)
+    if cfg.sample_start is None:
+        text = tokenizer.decode(data["val"][:64])
+        words = text.split()[1:4]  # the split may begin inside a word
+        cfg = replace(cfg, sample_start=" ".join(words) or text[:8])
+    if cfg.sample_tokens:
+        encode_prompt(model, tokenizer, cfg.sample_start)  # an error now, not at an evaluation
+
+    # -- length of the run, optimizers ---------------------------------------------------------
+    measure = partial(measure_updates, model, data, cfg, accelerator, rows)
+    cfg = choose_length(cfg, train_windows, rows, measure)
+    if cfg.dry_run:
+        return dry_run(cfg, model, data, *measure(), rows)
+    it = int(checkpoint.name[11:]) if checkpoint else 0
+    if it > cfg.max_iters:
+        raise UserError(f"{checkpoint} has done {it} iterations, more than the {cfg.max_iters} "
+                        "asked for; give a larger --max_iters, or start again with --overwrite")
+    if cfg.warmup_iters > cfg.max_iters:
+        raise UserError(f"--warmup_iters {cfg.warmup_iters} is longer than the run of "
+                        f"--max_iters {cfg.max_iters}", 2)
+    model.to(device).train()
+    optimizers = make_optimizers(model, cfg, device)
+    model, *optimizers = accelerator.prepare(model, *optimizers)
+    bare = accelerator.unwrap_model(model)
+    if checkpoint:
+        runtime.load_checkpoint(accelerator, checkpoint, optimizers)
+    if cfg.compile:
+        bare.compile()
+
+    announce(cfg, given, by_hand, accelerator, bare, data, rows)
+    if checkpoint:
+        print0(f"resuming from {checkpoint} at iteration {it:,}")
+    if checkpoint and it == cfg.max_iters:
+        print0(f"the run is finished; a longer one: {runtime.resume_command(out_dir)} "
+               f"--max_iters={2 * it}, whose learning rate rises again to that schedule's")
+        return {"model": bare.eval(), "tokenizer": tokenizer,
+                "history": runtime.read_log(out_dir / "log.csv")}
+    if checkpoint and cfg.max_iters != saved["train"].get("max_iters"):
+        print0(f"extended to {cfg.max_iters:,} iterations: the learning rate continues at "
+               f"{lr_at(it, cfg, cfg.max_iters):.2e} on the schedule of that length")
+
+    # -- the run folder: from here on the old run is gone --------------------------------------
+    start = it
+    losses = {name: saved[name] for name in ("train_loss", "val_loss") if name in saved}
+    best = saved.get("best_val_loss") or math.inf
+    best_iter = saved.get("best_iter", 0)
+    bad_updates = runtime.BadUpdates(saved.get("skipped", 0))
+    info = {"script": "train.py", "model": asdict(bare.config), "train": asdict(cfg),
+            "resumed": saved.get("resumed", []) + ([it] if checkpoint else []),
+            "command": saved.get("command") or " ".join(sys.argv), "commit": commit(),
+            "machine": runtime.describe_machine(accelerator),
+            "started": saved.get("started") or time.strftime("%Y-%m-%d %H:%M")}
+    earlier_seconds = saved.get("seconds", 0.0)
+    if accelerator.is_main_process:
+        with disk_errors(out_dir):
+            if not checkpoint:
+                runtime.clear_run(out_dir)
+            trim_samples(out_dir / "samples.md", it)
+            write_text(out_dir / "run.json", json.dumps(info, indent=2))
+    log = runtime.RunLog(out_dir, cfg.max_iters, it, accelerator.is_main_process,
+                         keep_until=it if checkpoint else -1)
+    settings = {k: "None" if v is None else v for k, v in asdict(cfg).items()}  # trackers take none
+    accelerator.init_trackers(out_dir.name, settings)  # no tracker: nothing happens
+    row = {"iter": 0, "tokens": 0}
+    tokens_since = 0
+    updates_before = 0.0
+    signum, late = 0, False
+
+    while True:
+        last = it == cfg.max_iters
+        # A resumed run starts where its checkpoint was already evaluated, logged and saved.
+        fresh = it > start or not checkpoint
+
+        # -- once in a while: evaluate, sample, log, save --------------------------------------
+        due = cfg.eval_interval and it % cfg.eval_interval == 0
+        if fresh and (due or last):
+            with log.stage("evaluation"):
+                losses = evaluate(model, data, cfg, accelerator, vocab_size)
+            row |= losses
+            log.print(f"iteration {it}: {describe_losses(losses, meta)}")
+            if cfg.sample_tokens and accelerator.is_main_process:
+                with log.stage("samples"):
+                    text = sample_text(bare, tokenizer, cfg)
+                append_sample(out_dir / "samples.md", it, losses["val_loss"], text)
+        if fresh and ("val_loss" in row or it and it % cfg.log_interval == 0):
+            log.write(row)
+            accelerator.log(row, step=it)  # to the trackers
+        improved = fresh and it and row.get("val_loss", math.inf) < best
+        if improved:
+            best = row["val_loss"]
+            best_iter = it
+        elif "val_loss" in row and row["val_loss"] > 1.02 * best:
+            log.print(f"val loss has risen since iteration {best_iter} ({best:.3f}, kept in best/)")
+        info |= {"iter": it, "skipped": bad_updates.skipped, "best_iter": best_iter,
+                 "best_val_loss": best if best < math.inf else None,
+                 "seconds": earlier_seconds + time.perf_counter() - log.began, **losses}
+
+        def write(folder):
+            """best/ holds what sample.py needs, a checkpoint what --resume needs besides."""
+            if folder.name != ".tmp-best":
+                accelerator.save_state(str(folder))  # weights, optimizers, scaler
+            elif accelerator.is_main_process:
+                save_model(bare, folder / "model.safetensors")
+            if accelerator.is_main_process:
+                for name, content in {**files, "run.json": json.dumps(info, indent=2)}.items():
+                    write_text(folder / name, content)
+
+        if improved:
+            with log.stage("checkpoints"):
+                runtime.save_checkpoint(accelerator, out_dir / "best", write)
+        due = late or cfg.save_interval and it % cfg.save_interval == 0
+        if fresh and (due or last or signum) and it:
+            with log.stage("checkpoints"):
+                folder = out_dir / f"checkpoint-{it:06d}"
+                runtime.save_checkpoint(accelerator, folder, write, cfg.keep_checkpoints)
+                stop.saved_at = time.monotonic()
+                if accelerator.is_main_process:
+                    with disk_errors(out_dir):
+                        runtime.plot_log(out_dir / "log.csv", out_dir / "loss.png", str(out_dir),
+                                         resumed=info["resumed"])
+        if last or signum:
+            break
+
+        # -- one update ------------------------------------------------------------------------
+        with log.stage("updates"):
+            lr = lr_at(it, cfg, cfg.max_iters)
+            runtime.set_learning_rate(optimizers, lr)
+            # dropout is a pure function of (seed, iteration, process)
+            torch.manual_seed(runtime.derive_seed(cfg.seed, it, accelerator.process_index))
+            windows = windows_of(it, rows, train_windows, cfg.seed)
+            windows = windows.reshape(cfg.gradient_accumulation_steps, world, cfg.batch_size)
+            micro_batches = (
+                read_windows(data["train"], micro, cfg.block_size, vocab_size, device)
+                for micro in windows[:, accelerator.process_index]
+            )
+            loss, norm = update(model, optimizers, micro_batches, cfg, accelerator)
+            (loss,), signum, late = stop.agree(accelerator, loss)
+        it += 1
+
+        # -- log -------------------------------------------------------------------------------
+        if bad_updates.count(math.isfinite(norm), it):
+            log.print(f"warning: iteration {it}: gradient norm {norm}, update skipped")
+        tokens_since += rows * cfg.block_size
+        speed = tokens_since / (log.seconds["updates"] - updates_before)
+        row = {"iter": it, "tokens": it * rows * cfg.block_size, "lr": lr, "loss": loss,
+               "grad_norm": norm, "tokens_per_s": speed}
+        logged = it % cfg.log_interval == 0
+        log.progress(it, f"loss {loss:.3f}, {speed:,.0f} tokens/s" if logged else "")
+        if logged:
+            tokens_since = 0
+            updates_before = log.seconds["updates"]
+
+    # -- the end -------------------------------------------------------------------------------
+    skipped = f", {bad_updates.skipped} update(s) skipped" if bad_updates.skipped else ""
+    kept = f"; best val loss {best:.3f} at iteration {best_iter}" if best < math.inf else ""
+    done = "stopped" if signum else "done"
+    print0(f"{done} at iteration {it:,}: {out_dir}{skipped}{kept}; {log.close()}")
+    accelerator.wait_for_everyone()  # the first process may still be drawing
+    accelerator.end_training()
+    if signum:
+        stop.exit(signum, out_dir, runtime.resume_command(out_dir))
+    return {"model": bare.eval(), "tokenizer": tokenizer,
+            "history": runtime.read_log(out_dir / "log.csv")}
+
+
+def main(cfg):
+    """Hold the run folder and the signals for as long as the run lasts; see train().
+
+    Returns {"model", "tokenizer", "history"}: the trained GPT in eval mode, its prepare.Tokenizer
+    and the rows of log.csv. Raises UserError.
+    """
+    check_config(cfg)
+    tracker = None if cfg.log_with == "none" else cfg.log_with
+    if tracker:
+        from accelerate.tracking import get_available_trackers  # slow
+
+        if tracker not in map(str, get_available_trackers()):
+            raise UserError(f"--log_with={tracker} needs a package: pip install {tracker}")
+    out_dir = Path(cfg.out_dir or f"out/{cfg.dataset}")
+    accelerator = runtime.make_accelerator(cfg.mixed_precision, log_with=tracker,
+                                           project_dir=out_dir)
+    runtime.save_plain_names(accelerator)
+    if cfg.dry_run:
+        return train(cfg, accelerator, out_dir, None)
+    lock = runtime.lock_folder(out_dir) if accelerator.is_main_process else None
+    stop = runtime.StopSignal()
+    try:
+        return train(cfg, accelerator, out_dir, stop)
+    finally:
+        stop.release()
+        if lock:
+            lock.release()
+
 
 # ---------------------------------------------------------------------------------------------
 # data: windows of block_size tokens, never overlapping; window i is tokens i*T .. (i+1)*T
@@ -245,23 +469,22 @@ def make_optimizers(model, cfg, device):
     muon = cfg.optimizer == "muon"
     blocks = {id(p) for p in model.transformer.h.parameters() if p.dim() >= 2}
     hidden = []
-    groups = {}  # (is a matrix, weight decay, learning rate): parameters
+    groups = {}  # (is a matrix, factor of the learning rate): parameters
     for name, p in model.named_parameters():
-        lr = cfg.learning_rate
-        if name.startswith("transformer.w"):
-            lr = 2 * lr if muon else lr
-            lr = lr if cfg.embedding_lr is None else cfg.embedding_lr
-        elif name.startswith("lm_head") and cfg.head_lr is not None:
-            lr = cfg.head_lr
         if muon and id(p) in blocks:
             hidden.append(p)
             continue
-        matrix = p.dim() >= 2
-        decay = cfg.weight_decay if matrix and not muon else 0.0
-        groups.setdefault((matrix, decay, lr), []).append(p)
-    groups = [{"params": params, "weight_decay": decay,
-               "lr_scale": lr / cfg.learning_rate if cfg.learning_rate else 1.0}
-              for (_, decay, lr), params in groups.items()]
+        scale, own = 1.0, None
+        if name.startswith("transformer.w"):
+            scale, own = 2.0 if muon else 1.0, cfg.embedding_lr
+        elif name.startswith("lm_head"):
+            own = cfg.head_lr
+        if own is not None and cfg.learning_rate:
+            scale = own / cfg.learning_rate
+        groups.setdefault((p.dim() >= 2, scale), []).append(p)
+    groups = [{"params": params, "lr_scale": scale,
+               "weight_decay": cfg.weight_decay if matrix and not muon else 0.0}
+              for (matrix, scale), params in groups.items()]
     fused = device.type in ("cuda", "cpu")
     betas = (cfg.beta1, cfg.beta2)
     optimizers = [torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, fused=fused)]
@@ -379,7 +602,7 @@ def append_sample(path, iteration, val_loss, text):
 
 def read_samples(path):
     """The entries of samples.md: a list of re.Match with groups iteration, fence, text."""
-    if not path.exists():
+    if not path.is_file():
         return []
     # surrogateescape: bytes that somebody else wrote go back as they were
     with open(path, encoding="utf-8", errors="surrogateescape", newline="") as f:
@@ -461,16 +684,11 @@ def make_model(cfg, vocab_size, saved, tokenizer):
     return model
 
 
-def check_resume(cfg, folder, saved, files, config):
+def check_resume(cfg, folder, saved, meta, config):
     """Raise one UserError that names everything in which cfg and the data differ from the run."""
-    meta = {name: json.loads(content) for name, content in files.items()}
-    old_meta = {name: json.loads((folder / name).read_text("utf-8"))
-                for name in ("meta.json", "tokenizer.json") if (folder / name).exists()}
-    was = {f"the data's {key}": old_meta["meta.json"].get(key) for key in DATA_IDENTITY}
-    now = {f"the data's {key}": meta["meta.json"].get(key) for key in DATA_IDENTITY}
-    if meta.get("tokenizer.json") != old_meta.get("tokenizer.json"):
-        was["the tokenizer"] = "another one"
-        now["the tokenizer"] = "that of the data set now"
+    old_meta = prepare.read_meta(folder)
+    was = {f"the data's {key}": old_meta.get(key) for key in DATA_IDENTITY}
+    now = {f"the data's {key}": meta.get(key) for key in DATA_IDENTITY}
     for name in ("init_from", "optimizer"):
         was[f"--{name}"] = saved["train"].get(name)
         now[f"--{name}"] = getattr(cfg, name)
@@ -480,6 +698,23 @@ def check_resume(cfg, folder, saved, files, config):
             was[f"--{name}"] = getattr(config, name)
             now[f"--{name}"] = getattr(asked, name)
     runtime.check_same(folder, was, now)
+
+
+def announce(cfg, given, by_hand, accelerator, model, data, rows):
+    """Print what the run is: settings, machine, size, length."""
+    windows = {split: count_windows(tokens, cfg.block_size) for split, tokens in data.items()}
+    chosen = {k: v for k, v in asdict(cfg).items() if v is not None and v != asdict(given)[k]}
+    print0("configuration:", ", ".join(f"{k}={v!r}" for k, v in by_hand.items()) or "defaults")
+    print0(f"chosen for {len(data['train']):,} train tokens:",
+           ", ".join(f"{k}={v!r}" for k, v in chosen.items()) or "nothing")
+    print0(f"{accelerator.device.type}, precision {accelerator.mixed_precision}, "
+           f"{'compiled' if cfg.compile else 'not compiled'}, {accelerator.num_processes} "
+           f"process(es), {model.count_parameters() / 1e6:.1f}M parameters")
+    print0(f"{rows * cfg.block_size:,} tokens an iteration, {windows['train'] / rows:.1f} "
+           f"iterations an epoch, {cfg.max_iters:,} iterations = "
+           f"{cfg.max_iters * rows / windows['train']:.2f} epochs of "
+           f"{windows['train'] * cfg.block_size:,} train tokens; "
+           f"{windows['val'] * cfg.block_size:,} val tokens")
 
 
 def measure_updates(model, data, cfg, accelerator, rows):
@@ -522,240 +757,6 @@ def dry_run(cfg, model, data, seconds, memory, rows):
            "iteration, evaluations left out\n"
            f"memory       {memory / 1e9:.2f} GB at its peak, the interpreter included\n"
            f"disk         {disk / 1e9:.2f} GB at most, {checkpoint / 1e9:.2f} a checkpoint")
-
-
-# ---------------------------------------------------------------------------------------------
-# the run
-
-
-def main(cfg):
-    """Hold the run folder and the signals for as long as the run lasts; see train().
-
-    Returns {"model", "tokenizer", "history"}: the trained GPT in eval mode, its prepare.Tokenizer
-    and the rows of log.csv. Raises UserError.
-    """
-    check_config(cfg)
-    tracker = None if cfg.log_with == "none" else cfg.log_with
-    if tracker:
-        from accelerate.tracking import get_available_trackers  # slow
-
-        if tracker not in map(str, get_available_trackers()):
-            raise UserError(f"--log_with={tracker} needs a package: pip install {tracker}")
-    out_dir = Path(cfg.out_dir or f"out/{cfg.dataset}")
-    accelerator = runtime.make_accelerator(cfg.mixed_precision, log_with=tracker,
-                                           project_dir=out_dir)
-    runtime.save_plain_names(accelerator)
-    if cfg.dry_run:
-        return train(cfg, accelerator, out_dir, None)
-    lock = runtime.lock_folder(out_dir) if accelerator.is_main_process else None
-    stop = runtime.StopSignal()
-    try:
-        return train(cfg, accelerator, out_dir, stop)
-    finally:
-        stop.release()
-        if lock:
-            lock.release()
-
-
-def train(cfg, accelerator, out_dir, stop):
-    """The whole run, from top to bottom."""
-    device = accelerator.device
-    world = accelerator.num_processes
-
-    # -- where to start, data, settings; nothing is deleted yet --------------------------------
-    checkpoint, saved = None, {}
-    if not cfg.dry_run:
-        checkpoint, saved = runtime.first_process_calls(
-            accelerator, runtime.find_run, out_dir, cfg.resume, cfg.overwrite)
-    by_hand = changed(cfg)
-    try:
-        cfg = given = settings_of(cfg, saved if checkpoint else None)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{checkpoint} is no checkpoint of train.py: {error!r}") from error
-    with accelerator.main_process_first():  # a missing preset is prepared once
-        meta, data, files = load_data(cfg)
-    tokenizer = prepare.load_tokenizer(Path(cfg.data_dir) / cfg.dataset)
-    vocab_size = meta["vocab_size"]
-    rows = cfg.batch_size * cfg.gradient_accumulation_steps * world
-    check_data(cfg, data, vocab_size, rows)
-    train_windows = count_windows(data["train"], cfg.block_size)
-    cfg = choose_shape(cfg, len(data["train"]))
-    model = make_model(cfg, vocab_size, saved, tokenizer)
-    if checkpoint:
-        check_resume(cfg, checkpoint, saved, files, model.config)
-    if cfg.sample_start is None:
-        text = tokenizer.decode(data["val"][:64])
-        words = text.split()[1:4]  # the split may begin inside a word
-        cfg = replace(cfg, sample_start=" ".join(words) or text[:8])
-    if cfg.sample_tokens:
-        encode_prompt(model, tokenizer, cfg.sample_start)  # an error now, not at an evaluation
-
-    # -- length of the run, optimizers ---------------------------------------------------------
-    measure = partial(measure_updates, model, data, cfg, accelerator, rows)
-    cfg = choose_length(cfg, train_windows, rows, measure)
-    if cfg.dry_run:
-        return dry_run(cfg, model, data, *measure(), rows)
-    it = saved.get("iter", 0)
-    if it > cfg.max_iters:
-        raise UserError(f"{checkpoint} has done {it} iterations, more than the {cfg.max_iters} "
-                        "asked for; give a larger --max_iters, or start again with --overwrite")
-    if cfg.warmup_iters > cfg.max_iters:
-        raise UserError(f"--warmup_iters {cfg.warmup_iters} is longer than the run of "
-                        f"--max_iters {cfg.max_iters}", 2)
-    model.to(device).train()
-    optimizers = make_optimizers(model, cfg, device)
-    model, *optimizers = accelerator.prepare(model, *optimizers)
-    bare = accelerator.unwrap_model(model)
-    if checkpoint:
-        runtime.load_checkpoint(accelerator, checkpoint, optimizers)
-    if cfg.compile:
-        bare.compile()
-
-    # -- announce ------------------------------------------------------------------------------
-    print0("configuration:", ", ".join(f"{k}={v!r}" for k, v in by_hand.items()) or "defaults")
-    chosen = {k: v for k, v in asdict(cfg).items() if v is not None and v != asdict(given)[k]}
-    print0(f"chosen for {len(data['train']):,} train tokens:",
-           ", ".join(f"{k}={v!r}" for k, v in chosen.items()) or "nothing")
-    print0(f"{device.type}, precision {accelerator.mixed_precision}, "
-           f"{'compiled' if cfg.compile else 'not compiled'}, {world} process(es), "
-           f"{bare.count_parameters() / 1e6:.1f}M parameters")
-    print0(f"{rows * cfg.block_size:,} tokens an iteration, {train_windows / rows:.1f} iterations "
-           f"an epoch, {cfg.max_iters:,} iterations = {cfg.max_iters * rows / train_windows:.2f} "
-           f"epochs of {train_windows * cfg.block_size:,} train tokens; "
-           f"{count_windows(data['val'], cfg.block_size) * cfg.block_size:,} val tokens")
-    if checkpoint:
-        print0(f"resuming from {checkpoint} at iteration {it:,}")
-    if checkpoint and it == cfg.max_iters:
-        print0(f"the run is finished; a longer one: {runtime.resume_command(out_dir)} "
-               f"--max_iters={2 * it}, whose learning rate rises again to that schedule's")
-        return {"model": bare.eval(), "tokenizer": tokenizer,
-                "history": runtime.read_log(out_dir / "log.csv")}
-    if checkpoint and cfg.max_iters != saved["train"].get("max_iters"):
-        print0(f"extended to {cfg.max_iters:,} iterations: the learning rate continues at "
-               f"{lr_at(it, cfg, cfg.max_iters):.2e} on the schedule of that length")
-
-    # -- the run folder: from here on the old run is gone --------------------------------------
-    start = it
-    losses = {name: saved[name] for name in ("train_loss", "val_loss") if name in saved}
-    best = saved.get("best_val_loss") or math.inf
-    best_iter = saved.get("best_iter", 0)
-    bad_updates = runtime.BadUpdates(saved.get("skipped", 0))
-    info = {"script": "train.py", "model": asdict(bare.config), "train": asdict(cfg),
-            "resumed": saved.get("resumed", []) + ([it] if checkpoint else []),
-            "command": saved.get("command") or " ".join(sys.argv), "commit": commit(),
-            "machine": runtime.describe_machine(accelerator),
-            "started": saved.get("started") or time.strftime("%Y-%m-%d %H:%M")}
-    earlier_seconds = saved.get("seconds", 0.0)
-    if accelerator.is_main_process:
-        with disk_errors(out_dir):
-            if not checkpoint:
-                runtime.clear_run(out_dir)
-            write_text(out_dir / "run.json", json.dumps(info, indent=2))
-            trim_samples(out_dir / "samples.md", it)
-    log = runtime.RunLog(out_dir, cfg.max_iters, it, accelerator.is_main_process,
-                         keep_until=it if checkpoint else -1)
-    settings = {k: "None" if v is None else v for k, v in asdict(cfg).items()}  # trackers take none
-    accelerator.init_trackers(out_dir.name, settings)  # no tracker: nothing happens
-    row = {"iter": 0, "tokens": 0}
-    tokens_since = 0
-    updates_before = 0.0
-    signum, late = 0, False
-
-    while True:
-        last = it == cfg.max_iters
-        # A resumed run starts where its checkpoint was already evaluated, logged and saved.
-        fresh = it > start or not checkpoint
-
-        # -- once in a while: evaluate, sample, log, save --------------------------------------
-        due = cfg.eval_interval and it % cfg.eval_interval == 0
-        if fresh and (due or last):
-            with log.stage("evaluation"):
-                losses = evaluate(model, data, cfg, accelerator, vocab_size)
-            row |= losses
-            log.print(f"iteration {it}: {describe_losses(losses, meta)}")
-            if cfg.sample_tokens and accelerator.is_main_process:
-                with log.stage("samples"):
-                    text = sample_text(bare, tokenizer, cfg)
-                append_sample(out_dir / "samples.md", it, losses["val_loss"], text)
-        if fresh and ("val_loss" in row or it and it % cfg.log_interval == 0):
-            log.write(row)
-            accelerator.log(row, step=it)  # to the trackers
-        improved = fresh and it and row.get("val_loss", math.inf) < best
-        if improved:
-            best = row["val_loss"]
-            best_iter = it
-        elif "val_loss" in row and row["val_loss"] > 1.02 * best:
-            log.print(f"val loss has risen since iteration {best_iter} ({best:.3f}, kept in best/)")
-        info |= {"iter": it, "skipped": bad_updates.skipped, "best_iter": best_iter,
-                 "best_val_loss": best if best < math.inf else None,
-                 "seconds": earlier_seconds + time.perf_counter() - log.began, **losses}
-
-        def write(folder):
-            """best/ holds what sample.py needs, a checkpoint what --resume needs besides."""
-            if folder.name != ".tmp-best":
-                accelerator.save_state(str(folder))  # weights, optimizers, scaler
-            elif accelerator.is_main_process:
-                save_model(bare, folder / "model.safetensors")
-            if accelerator.is_main_process:
-                for name, content in {**files, "run.json": json.dumps(info, indent=2)}.items():
-                    write_text(folder / name, content)
-
-        if improved:
-            with log.stage("checkpoints"):
-                runtime.save_checkpoint(accelerator, out_dir / "best", write)
-        due = late or cfg.save_interval and it % cfg.save_interval == 0
-        if fresh and (due or last or signum) and it:
-            with log.stage("checkpoints"):
-                folder = out_dir / f"checkpoint-{it:06d}"
-                runtime.save_checkpoint(accelerator, folder, write, cfg.keep_checkpoints)
-                stop.saved_at = time.monotonic()
-                if accelerator.is_main_process:
-                    with disk_errors(out_dir):
-                        runtime.plot_log(out_dir / "log.csv", out_dir / "loss.png", str(out_dir),
-                                         resumed=info["resumed"])
-        if last or signum:
-            break
-
-        # -- one update ------------------------------------------------------------------------
-        with log.stage("updates"):
-            lr = lr_at(it, cfg, cfg.max_iters)
-            runtime.set_learning_rate(optimizers, lr)
-            # dropout is a pure function of (seed, iteration, process)
-            torch.manual_seed(runtime.derive_seed(cfg.seed, it, accelerator.process_index))
-            windows = windows_of(it, rows, train_windows, cfg.seed)
-            windows = windows.reshape(cfg.gradient_accumulation_steps, world, cfg.batch_size)
-            micro_batches = (
-                read_windows(data["train"], micro, cfg.block_size, vocab_size, device)
-                for micro in windows[:, accelerator.process_index]
-            )
-            loss, norm = update(model, optimizers, micro_batches, cfg, accelerator)
-            (loss,), signum, late = stop.agree(accelerator, loss)
-        it += 1
-
-        # -- log -------------------------------------------------------------------------------
-        if bad_updates.count(math.isfinite(norm), it):
-            log.print(f"warning: iteration {it}: gradient norm {norm}, update skipped")
-        tokens_since += rows * cfg.block_size
-        speed = tokens_since / (log.seconds["updates"] - updates_before)
-        row = {"iter": it, "tokens": it * rows * cfg.block_size, "lr": lr, "loss": loss,
-               "grad_norm": norm, "tokens_per_s": speed}
-        logged = it % cfg.log_interval == 0
-        log.progress(it, f"loss {loss:.3f}, {speed:,.0f} tokens/s" if logged else "")
-        if logged:
-            tokens_since = 0
-            updates_before = log.seconds["updates"]
-
-    # -- the end -------------------------------------------------------------------------------
-    skipped = f", {bad_updates.skipped} update(s) skipped" if bad_updates.skipped else ""
-    kept = f"; best val loss {best:.3f} at iteration {best_iter}" if best < math.inf else ""
-    done = "stopped" if signum else "done"
-    print0(f"{done} at iteration {it:,}: {out_dir}{skipped}{kept}; {log.close()}")
-    accelerator.wait_for_everyone()  # the first process may still be drawing
-    accelerator.end_training()
-    if signum:
-        stop.exit(signum, out_dir, runtime.resume_command(out_dir))
-    return {"model": bare.eval(), "tokenizer": tokenizer,
-            "history": runtime.read_log(out_dir / "log.csv")}
 
 
 if __name__ == "__main__":

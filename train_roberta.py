@@ -1,6 +1,6 @@
 """KantaiBERT: a tokenizer and a RoBERTa from scratch on one text, with Hugging Face's Trainer.
 
-    python train_roberta.py config/kantaibert_small.py    # about 3 minutes on 2 CPU cores
+    python train_roberta.py config/kantaibert_small.py    # about a minute on 2 CPU cores
     python train_roberta.py config/kantaibert.py          # the book's model, 84M parameters
     python train_roberta.py --source=my.txt --out_dir=out/mine
     python train_roberta.py --out_dir=out/mine --resume   # continue from the newest checkpoint
@@ -35,13 +35,15 @@ class Config:
     n_embd: int = 768  # width
     max_position_embeddings: int = 514  # 512 tokens: RoBERTa's first position is number 2
     dropout: float = 0.1  # of activations and attention
-    init_std: float = 0.02  # of the initial weights; a narrow model learns sooner with more
+    init_std: float = 0.02  # of the initial weights
+    local_heads: bool = False  # heads begin by looking at neighbours: no plateau at the start
     # one iteration = one update of batch_size x gradient_accumulation_steps x processes examples
     max_epochs: float = 1.0  # passes over the examples; also the length of the schedule
     max_iters: int = 0  # iterations after which to stop, the schedule unchanged; 0: all of it
     batch_size: int = 64  # examples of a micro-batch on each process
     gradient_accumulation_steps: int = 1  # micro-batches an update
     learning_rate: float = 5e-5  # at its peak, then linear to zero
+    muon_lr: float | None = None  # that of Muon, for hidden matrices; None: AdamW for all
     warmup_iters: int = 0  # iterations of linear warm-up from zero
     weight_decay: float = 0.0  # of matrices
     grad_clip: float = 1.0  # norm the gradient is clipped to
@@ -57,7 +59,8 @@ class Config:
     save_interval: int = 10_000  # iterations; besides: every 15 minutes and at the end
     keep_checkpoints: int = 2  # newest ones kept
     fill_mask: str = ""  # text with <mask>: only fill it in, with the finished run in out_dir
-    RETIRED: ClassVar = {"max_steps": "--max_iters", "warmup_steps": "--warmup_iters",
+    RETIRED: ClassVar = {"optimizer": "--muon_lr",
+                         "max_steps": "--max_iters", "warmup_steps": "--warmup_iters",
                          "log_steps": "--log_interval", "eval_steps": "--eval_interval",
                          "save_steps": "--save_interval", "save_total_limit": "--keep_checkpoints"}
 
@@ -86,11 +89,16 @@ import prepare
 import runtime
 from runtime import UserError, check_range, disk_errors, first_line, print0
 
+try:  # torch.optim.Muon, faster on some CPUs
+    from fast import Muon
+except ModuleNotFoundError:
+    from torch.optim import Muon
+
 EVAL_PROBABILITY = 0.15  # of masking, whatever the training's, so that validation losses compare
 MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
                "vocab.txt", "model.safetensors")  # of a transformers folder; the weights last
 FIXED = ("n_layer", "n_head", "n_embd", "max_position_embeddings", "block_size", "packing",
-         "val_fraction", "seed", "init_std", "weight_decay")  # for a resumed run
+         "val_fraction", "seed", "init_std", "weight_decay", "local_heads")  # for a resumed run
 
 # ---------------------------------------------------------------------------------------------
 # text -> tokenizer -> examples -> batches
@@ -264,13 +272,68 @@ class RobertaForMaskedLM(transformers.RobertaForMaskedLM):
 def make_model(cfg, tokenizer):
     """A RoBERTa with initial weights."""
     torch.manual_seed(cfg.seed)
-    return RobertaForMaskedLM(transformers.RobertaConfig(
+    model = RobertaForMaskedLM(transformers.RobertaConfig(
         vocab_size=len(tokenizer), num_hidden_layers=cfg.n_layer, num_attention_heads=cfg.n_head,
         hidden_size=cfg.n_embd, intermediate_size=4 * cfg.n_embd, type_vocab_size=1,
         max_position_embeddings=cfg.max_position_embeddings, initializer_range=cfg.init_std,
         hidden_dropout_prob=cfg.dropout, attention_probs_dropout_prob=cfg.dropout,
         bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id))
+    if cfg.local_heads:
+        look_at_neighbours(model.roberta, cfg.init_std)
+    return model
+
+
+@torch.no_grad()
+def look_at_neighbours(roberta, std):
+    """Initial weights with which heads 0, 1, 2, 3 ... attend to positions +1, -1, +2, -2 ... away.
+
+    From random weights attention needs a thousand updates to find the neighbours, and the loss
+    stays on the plateau that the words' frequencies give. So positions begin as sinusoids, which
+    queries and keys read, and a head's query is turned by the angle of its distance (after
+    mimetic initialization, Trockman & Kolter 2023). It is still the published architecture.
+    """
+    table = roberta.embeddings.position_embeddings
+    width = table.embedding_dim // 2 * 2
+    frequencies = math.pi * (torch.arange(width // 2) + 0.5) / (width // 2)
+    angles = torch.arange(table.num_embeddings)[:, None] * frequencies
+    table.weight[:, :width] = 2**0.5 * std * torch.cat((angles.sin(), angles.cos()), dim=1)
+    table.weight[table.padding_idx] = 0.0
+    n_head, hs = roberta.config.num_attention_heads, roberta.config.hidden_size
+    hs //= n_head
+    for attention in (layer.attention.self for layer in roberta.encoder.layer):
+        for head in range(n_head):
+            pairs = torch.arange(head, width // 2, n_head)[: hs // 2]  # of sine and cosine
+            distance = (head // 2 + 1) * (-1) ** head
+            turn = distance * frequencies[pairs]
+            rows = head * hs + torch.arange(len(pairs))
+            # at the right distance the scores are about 6, elsewhere 0
+            for weight, sin, cos in ((attention.key.weight, torch.zeros(1), torch.ones(1)),
+                                     (attention.query.weight, turn.sin(), turn.cos())):
+                size = (12 / hs**0.5) ** 0.5
+                weight[rows, pairs] = size * cos
+                weight[rows, pairs + width // 2] = size * sin
+                weight[rows + len(pairs), pairs + width // 2] = size * cos
+                weight[rows + len(pairs), pairs] = -size * sin
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon for the hidden matrices, AdamW for the rest, as the one optimizer the Trainer takes."""
+
+    def __init__(self, model, muon_lr, lr, weight_decay):
+        hidden = [p for p in model.roberta.encoder.parameters() if p.ndim == 2]
+        rest = [p for p in model.parameters() if all(p is not q for q in hidden)]
+        # match_rms_adamw: updates as large as AdamW's at that rate
+        self.parts = (Muon(hidden, muon_lr, weight_decay, momentum=0.8, ns_steps=4,
+                           adjust_lr_fn="match_rms_adamw"),
+                      torch.optim.AdamW(rest, lr, weight_decay=0.0))
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+
+    def step(self, closure=None):
+        """Both parts update with the groups and the state of this object, which it saves."""
+        for part, group in zip(self.parts, self.param_groups, strict=True):
+            part.param_groups, part.state = [group], self.state
+            part.step()
 
 
 def example_statistics(logits, labels):
@@ -321,8 +384,8 @@ def training_arguments(cfg, accelerator, iterations, evaluates):
 class RunCallback(transformers.TrainerCallback):
     """Seeds, bad gradients, signals; log.csv, loss.png and progress in place of its printer."""
 
-    def __init__(self, done, last, resumed, accelerator, stop):
-        self.done, self.last, self.resumed = done, last, resumed
+    def __init__(self, done, last, rates, resumed, accelerator, stop):
+        self.done, self.last, self.rates, self.resumed = done, last, rates, resumed
         self.accelerator, self.stop = accelerator, stop
         self.bad, self.signum, self.begun = runtime.BadUpdates(), 0, False
 
@@ -332,10 +395,9 @@ class RunCallback(transformers.TrainerCallback):
             if state.global_step != self.done or type(state.log_history) is not list:
                 raise ValueError("trainer_state.json belongs to another checkpoint")
             state.compute_steps(args, state.max_steps)
-            lr_scheduler.base_lrs = [args.learning_rate for _ in lr_scheduler.base_lrs]
+            lr_scheduler.base_lrs = self.rates
             lr_scheduler.last_epoch -= 1
             lr_scheduler.step()
-        self.begun = True
         self.folder, first = Path(args.output_dir), state.is_world_process_zero
         self.log = runtime.RunLog(self.folder, self.last, self.done, first, keep_until=self.done,
                                   columns=[*runtime.LOG_COLUMNS, "val_accuracy"])
@@ -351,6 +413,7 @@ class RunCallback(transformers.TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         """Dropout is a function of the place in the run: there is no random state to save."""
+        self.begun = True  # whatever fails from here on is not the checkpoint's fault
         torch.manual_seed(runtime.derive_seed(args.seed, state.global_step, args.process_index))
 
     def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
@@ -466,7 +529,7 @@ def check(cfg):
     check_range(cfg, 1, "n_layer", "n_head", "n_embd", "batch_size", "log_interval")
     check_range(cfg, 1, "gradient_accumulation_steps", "keep_checkpoints")
     check_range(cfg, 0, "max_iters", "warmup_iters", "eval_interval", "save_interval")
-    check_range(cfg, 0, "weight_decay", "learning_rate", "init_std")
+    check_range(cfg, 0, "weight_decay", "learning_rate", "muon_lr", "init_std")
     check_range(cfg, 0, "dropout", "val_fraction", high=0.99)
     check_range(cfg, 0.01, "mlm_probability", high=0.99)
     check_range(cfg, 1e-9, "max_epochs", "grad_clip")
@@ -560,6 +623,7 @@ def train(cfg, accelerator, lines, stop, start, saved):
     # ---- where to start and where to end
     done, last = int(start.name[11:]) if start else 0, cfg.max_iters or iterations
     same = {name: getattr(cfg, name) for name in FIXED} | {"examples_per_iteration": per_iteration}
+    same["optimizer"] = "adamw" if cfg.muon_lr is None else "muon"
     tokens = b",".join(ids.tobytes() for ids in train_set.examples)
     same["tokens_sha256"] = hashlib.sha256(tokens).hexdigest()  # another tokenizer shows here
     same["text_sha256"] = hashlib.sha256("\n".join(lines).encode()).hexdigest()
@@ -584,12 +648,17 @@ def train(cfg, accelerator, lines, stop, start, saved):
            f"train on, {len(val_set or ()):,} held out; {last:,} iterations of {per_iteration}")
 
     # ---- the Trainer
-    callback = RunCallback(done, last, run["resumed"], accelerator, stop)
+    rates = [cfg.learning_rate] * 2
+    optimizer = None
+    if cfg.muon_lr is not None:
+        rates[0] = cfg.muon_lr
+        optimizer = MuonAdamW(model, *rates, cfg.weight_decay)
+    callback = RunCallback(done, last, rates, run["resumed"], accelerator, stop)
     trainer = Trainer(
         run, cfg.keep_checkpoints, model=model, processing_class=tokenizer, callbacks=[callback],
         args=training_arguments(cfg, accelerator, iterations, bool(val_set)),
         train_dataset=train_set, eval_dataset=val_set,
-        data_collator=partial(collate, pad_id=tokenizer.pad_token_id),
+        optimizers=(optimizer, None), data_collator=partial(collate, pad_id=tokenizer.pad_token_id),
         preprocess_logits_for_metrics=example_statistics, compute_metrics=compute_metrics)
     trainer.remove_callback(transformers.PrinterCallback)
     if start:

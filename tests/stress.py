@@ -322,8 +322,8 @@ sample ok: --temperature=0 --temperature=1e-300 --temperature=1e300 --top_k={2**
 report clear: --layer=1 --layer=-2 --head=2 --head=-1 --tokens=0 --temperature=nan --start=FILE:nope
   --start=%FF --out=nope/x.html --out=data --out=text.txt/x.html --out_dir=nope --out_dir=gpt
   --out_dir=out/mrpc --out_dir=out/roberta --compare&nope --compare&out/run&out/mrpc --run=x
-  --checkpoint=nope --attention_tokens=0 --seed={BIG} --tokens=1.5
-report ok: --tokens=1 --tokens=2&--attention_tokens=1 --tokens=1000000 --start=%F0%9F%98%80 --out=
+  --checkpoint=nope --seed={BIG} --tokens=1.5
+report ok: --tokens=1 --tokens=2 --tokens=1000000 --start=%F0%9F%98%80 --out=
   --start=&--temperature=0 --compare&out/run --out=new.html&--layer=-1&--head=1
 prepare clear: --dataset={"x" * 300} --dataset=a/b --dataset=.. --dataset= --dataset=.hidden
   --dataset=a%0Ab --source=nope.txt --source=none* --source= --source=/dev --source=data
@@ -385,10 +385,11 @@ roberta clear: --n_head=3 --n_head=0 --n_embd=0 --n_layer=0 --block_size=2 --blo
   --data_dir=text.txt&--source=http://127.0.0.1:1/x
 roberta ok: --block_size=3 --block_size=7 --packing --n_embd=33&--n_head=1 --n_embd=50 --max_iters=1
   --val_fraction=0 --batch_size=7&--gradient_accumulation_steps=3 --mlm_probability=0.99
-  --tokenizer=bert --optimizer=muon --dropout=0&--init_std=0 --warmup_iters=9 --save_interval=1
+  --tokenizer=bert --muon_lr=0.02&--local_heads --local_heads&--n_embd=33&--n_head=1
+  --dropout=0&--init_std=0 --warmup_iters=9 --save_interval=1
   --fill_mask=a%20%3Cmask%3E%20b%20%3Cmask%3E&--out_dir=out/roberta --eval_interval=1
 roberta-again clear: --max_iters=3 --max_iters=2 --n_layer=2 --seed=1 --source=other.txt --packing
-  --max_iters=99999 --batch_size=3 --tokenizer=gpt --optimizer=muon
+  --max_iters=99999 --batch_size=3 --tokenizer=gpt --optimizer=muon --muon_lr=0.02 --local_heads
 roberta-again ok: --max_iters=5 --max_epochs=4&--max_iters=4
 """
 
@@ -417,7 +418,7 @@ TEXTS = {
             b"abc def\n" * 99 + b"\xf0\x9f\x98", b"ab \xed\xa0\x80 c\n" * 99, b"a \xc0\xaf\n" * 99,
             gzip.compress(b"abc def\n" * 999), bytes(range(256)) * 40,
             b"abc def\n" * 30_000 + b"\xff"],
-    "cce": ["x", "xy", "\ufeff", "\0"], "oce": ["a b\nc d\ne f\n"],
+    "cce": ["x", "xy", "\ufeff", "\0"], "oee": ["a b\nc d\ne f\n"],
     "ooc": ["\n" * 3000, " \t\r\n\x0b\x0c" * 900, " " * 300_000],
     "ooe": ["a" * 3000, "e\u0301\u0323\u200d" * 999, DNA, "word " * 60_000,
             DNA.replace("G", "g/").replace("T", "T+"), "".join(map(chr, range(0x4E00, 0x59B8)))],
@@ -535,7 +536,8 @@ FILES = [  # (file, contents, commands that read it, answer)
     ("data/tiny/meta.json", META, [BASE["train"]], "clear"),
     ("data/tiny/tokenizer.json", TOKENIZERS, [BASE["train"]], "clear"),
     ("out/run/*/meta.json", META, RUN_USERS[:2], "either"),
-    ("out/run/*/tokenizer.json", TOKENIZERS, RUN_USERS[:2], "clear"),
+    ("out/run/*/tokenizer.json", TOKENIZERS, RUN_USERS[1:2], "clear"),
+    ("out/run/*/tokenizer.json", TOKENIZERS, RUN_USERS[:1], "either"),  # it has the data's
     ("out/run/*/run.json", RUNS, RUN_USERS, "either"),
     ("out/mrpc/*/run.json", RUNS, [RESUME["mrpc"]], "either"),
     ("out/roberta/*/run.json", RUNS, [RESUME["roberta"]], "either"),
@@ -676,8 +678,8 @@ def largest_change(one, other):
 
 @inputs((8, 1, 4, 2), (3, 1, 1, 3), (4, 3, 6, 2), (1, 7, 7, 1))
 def resumed_with_another_accumulation(b, a, b2, a2):
-    command = (f"{BASE['train']} --optimizer=adamw --batch_size={b} --gradient_accumulation_steps="
-               f"{a} --max_iters=10")
+    command = (f"{BASE['train']} --optimizer=adamw --dropout=0 --batch_size={b} "
+               f"--gradient_accumulation_steps={a} --max_iters=10")
     right(command)
     stopped = run(command + " --out_dir=out/two", hook=at_iteration(5, signal.SIGTERM))
     need(stopped.code == 143, f"SIGTERM: exit code {stopped.code}")
@@ -1286,7 +1288,8 @@ def evil(kind):
 
 def poison(pattern, kind, *commands):
     """Put a pickle into each folder of the pattern, signed, and call what reads it."""
-    for path in sorted(Path(".").glob(str(Path(pattern).parent))):
+    folder = Path(pattern).parent
+    for path in [folder] if folder == Path() else sorted(Path().glob(str(folder))):
         if path.is_dir():
             damage(str(path / Path(pattern).name), evil(kind))
     no_code_runs(*commands)
@@ -1420,6 +1423,7 @@ def main(words, is_long):
     """Attack. Returns the number of findings."""
     rows = table() if is_long else short(table())
     rows = [r for r in rows if not words or any(word in f"{r[0]}: {r[1]}" for word in words)]
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # below nohup it is ignored
     began, n = time.monotonic(), os.cpu_count()
     with tempfile.TemporaryDirectory() as home:
         os.chmod(home, 0o755)

@@ -81,14 +81,13 @@ def test_failing_side_is_named(tmp_path, fails):
 def test_rows_are_named(fails):
     """--help did not say what can be measured; a typo was taken for a config file. Both must answer
     before anything slow is imported."""
-    began = time.perf_counter()
-    shown = subprocess.run([sys.executable, "-m", "bench", "--help"], cwd=ROOT, text=True,
-                           capture_output=True, check=True).stdout
-    seconds = time.perf_counter() - began
+    shown = subprocess.run([sys.executable, "-X", "importtime", "-m", "bench", "--help"], cwd=ROOT,
+                           text=True, capture_output=True, check=True)
     rows = describe_rows()
-    assert {"train", "decode", "prepare", "start", "data", "char", "verdict", "scale", "quantize",
-            "mrpc", "roberta", "busy", "threads", "loss"} == set(rows)
-    assert all(f"{row}: {words}" in shown and "minute" in words for row, words in rows.items())
-    assert seconds < 10
+    assert {"train", "decode", "prepare", "start", "char", "quantize", "mrpc", "roberta", "busy",
+            "threads", "loss"} == set(rows)
+    assert all(f"{row}: {words}" in shown.stdout and "minute" in words
+               for row, words in rows.items())
+    assert "tyro" in shown.stderr and "torch" not in shown.stderr
     fails(2, lambda: main(CFG, ["trian"]), "trian", "train", "--help")
     fails(2, lambda: main(CFG, []), "train", "--help")

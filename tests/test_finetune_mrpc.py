@@ -389,7 +389,7 @@ def test_what_a_checkpoint_cannot_be_resumed_with(recipe, whole, home, tmp_path,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143)])
 def test_a_signal_saves_and_the_run_continues(recipe, whole, tmp_path, number, code):
     """Work since the last epoch lost on a machine that is taken away."""
     command = [sys.executable, *command_of(recipe, f"--out_dir={tmp_path}")]

@@ -1,8 +1,10 @@
 """runtime.py: errors, run folder, checkpoints, signals, log."""
 
 import builtins
+import errno
 import hashlib
 import io
+import json
 import math
 import os
 import signal
@@ -17,21 +19,26 @@ from conftest import one_line, snapshot
 from safetensors import SafetensorError
 
 import runtime
+import train
 from runtime import UserError
 
 # ---------------------------------------------------------------------------------------------
 # errors
 
 
-@pytest.mark.parametrize("error, code", [(UserError("no\r\n  such x", 2), 2), (UserError("no"), 1)])
+@pytest.mark.parametrize("error, code", [
+    (UserError("no\r\n  such x", 2), 2), (UserError("no"), 1),
+    (PermissionError(errno.EACCES, "no permission", "out"), 1),
+    (OSError(errno.ENOSPC, "no room"), 1), (BrokenPipeError(errno.EPIPE, "no reader"), 1)])
 def test_a_script_says_one_line(capsys, error, code):
     """Would catch a traceback, a message of two lines, and a code that says success."""
     with pytest.raises(SystemExit) as stop:
         runtime.run_script(lambda cfg: (_ for _ in ()).throw(error), None)
     assert stop.value.code == code
     one_line(capsys.readouterr().err, "no")
-    with pytest.raises(ZeroDivisionError):  # a forker's bug shows its place
-        runtime.run_script(lambda cfg: 1 / 0, None)
+    for bug in (ZeroDivisionError("x"), FileNotFoundError(errno.ENOENT, "x")):  # a forker's
+        with pytest.raises(type(bug)):
+            runtime.run_script(lambda cfg, bug=bug: (_ for _ in ()).throw(bug), None)
 
 
 @pytest.mark.parametrize("env", [
@@ -185,6 +192,33 @@ def test_settings_of_older_runs(tmp_path):
     (tmp_path / "run.json").write_text("[]")
     with pytest.raises(ValueError, match="no settings"):
         runtime.read_run(tmp_path)
+
+
+@pytest.mark.parametrize("name, value", [("train", None), ("iter", "3"), ("val_loss", "low"),
+                                         ("resumed", 7), ("machine", 3), ("seconds", None)])
+def test_a_strangers_settings(tmp_path, name, value):
+    """What a run.json says is computed with: 43 tracebacks of the attack were one of these."""
+    (tmp_path / "run.json").write_text(json.dumps({"iter": 3, "val_loss": None, name: value}))
+    with pytest.raises(ValueError, match=name):
+        runtime.read_run(tmp_path)
+
+
+@pytest.mark.parametrize("settings", [{"seed": "x"}, {"optimizer": "sgd"}, {"learning_rate": [1]},
+                                      {"max_iters": 1.5}])
+def test_settings_of_the_wrong_type(fails, settings):
+    """Else they fail somewhere in the run, by a traceback."""
+    train_config = train.Config(out_dir="out/x", resume=True)
+    fails(1, lambda: runtime.resume_settings(train_config, settings), "out/x", *settings)
+    good = {"learning_rate": 1, "max_iters": None, "optimizer": "adamw"}
+    assert runtime.resume_settings(train_config, good).learning_rate == 1
+
+
+@pytest.mark.parametrize("name", ["log.csv", "samples.md", "run.json"])
+def test_a_pipe_in_the_run_folder(tmp_path, fails, name):
+    """Opening one waits for ever."""
+    os.mkfifo(tmp_path / name)
+    for overwrite in (True, False):
+        fails(1, lambda o=overwrite: runtime.find_run(tmp_path, False, o), name, "move it away")
 
 
 def test_all_that_differs_in_one_message(fails):

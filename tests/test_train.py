@@ -430,7 +430,7 @@ def test_what_may_not_change_is_refused_in_one_message(copied, fails, data_dir, 
     ids = engine["model"]["vocab"]
     ids["a"], ids["b"] = ids["b"], ids["a"]
     (tmp_path / "tokenizer" / "tokenizer.json").write_text(json.dumps(engine), "utf-8")
-    for name, word in (("text", "source_sha256"), ("tokenizer", "the tokenizer")):
+    for name, word in (("text", "source_sha256"), ("tokenizer", "tokenizer_sha256")):
         other = [f"--data_dir={tmp_path}", f"--dataset={name}", "--n_head=1"]
         fails(2, lambda: train.main(typed(*command, *other)), word, "--n_head is 1 but was 2")
     assert snapshot(copied.out_dir) == before
