@@ -73,7 +73,8 @@ def parse(config_class, options, default, place):
     for group in getattr(config_class, "ALTERNATIVES", ()):
         said = [name for name in group if name in names]
         if len(said) > 1:
-            usage_error(f"{place}{' and '.join('--' + n for n in said)} set the same; give one")
+            usage_error(f"{place}{' and '.join('--' + n for n in said)} set the same thing; give "
+                        "only one")
         if said:
             defaults = {f.name: f.default for f in dataclasses.fields(config_class)}
             default = dataclasses.replace(default, **{n: defaults[n] for n in group})

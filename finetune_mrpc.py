@@ -186,7 +186,7 @@ def loading(name):
     remedy = "give --train_file and a local folder as --model, or set HF_HUB_OFFLINE=1 to use " \
              "what was downloaded before"
     if not Path(name).is_dir():  # an error at once, not after half a minute of retries
-        prepare.require_network("huggingface.co", f"{name} is no folder here; {remedy}")
+        prepare.require_network(f"{name} is no folder here; {remedy}")
     try:
         yield
     except Exception as error:  # anything can be wrong with a stranger's folder or a cache
@@ -523,7 +523,7 @@ def train(cfg, accelerator, data, labels, stop, start, command):
             "seconds": saved.get("seconds", 0.0), "machine": runtime.describe_machine(accelerator)}
     write_json(accelerator, out_dir / "run.json", info)
     log = runtime.RunLog(out_dir, end, state["iteration"], accelerator.is_main_process,
-                         [*runtime.LOG_COLUMNS, *METRICS], keep_until=state["iteration"])
+                         [*runtime.LOG_COLUMNS, *METRICS])
     began = log.began - info["seconds"]
     updates = runtime.BadUpdates(state["skipped"])
     print0(f"{accelerator.device.type} x {world}, precision {accelerator.mixed_precision}: "

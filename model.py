@@ -1,7 +1,7 @@
 """The GPT: configuration, attention, MLP, blocks, loss, initial weights. Copy it anywhere.
 
-GPT-2 (Radford et al. 2019) with its parameter names is what GPTConfig's defaults give. Its fields
-also give the model of "Build a Large Language Model (From Scratch)" (Raschka 2024, chapter 4),
+GPTConfig's defaults give GPT-2 (Radford et al. 2019), with its parameter names. Its fields also
+give the model of "Build a Large Language Model (From Scratch)" (Raschka 2024, chapter 4),
 Llama (Touvron et al. 2023: rope_theta, rms_norm, swiglu, no biases, n_kv_head) and Qwen3 (Yang et
 al. 2025: Llama with qk_norm).
 
@@ -38,7 +38,7 @@ class GPTConfig:
     qkv_bias: bool = True  # in c_attn
     tie_weights: bool = True  # lm_head shares wte
     init: Literal["gpt2", "torch"] = "gpt2"  # normal 0.02 with scaled residuals, or PyTorch's own
-    n_kv_head: int | None = None  # key/value heads, shared by n_head / n_kv_head queries; None: all
+    n_kv_head: int | None = None  # key/value heads, shared by groups of queries; None: n_head
     head_dim: int | None = None  # None: n_embd / n_head
     n_inner: int | None = None  # width inside the MLP; None: 4 n_embd, with swiglu 8/3 n_embd
     rope_theta: float | None = None  # base of rotary positions; None: learned positions
@@ -57,7 +57,7 @@ class GPTConfig:
         if self.head_dim is None:
             self.head_dim = self.n_embd // self.n_head
             if self.n_embd % self.n_head:
-                raise ValueError(f"n_embd {self.n_embd} is no multiple of n_head {self.n_head}")
+                raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
         if self.n_inner is None:
             # 8/3: three matrices of that width weigh as much as two of 4 n_embd (Shazeer 2020)
             self.n_inner = 8 * math.ceil(self.n_embd / 3) if self.swiglu else 4 * self.n_embd
@@ -108,10 +108,9 @@ class CausalSelfAttention(nn.Module):
         heads = config.n_head + 2 * config.n_kv_head  # queries, keys and values in one product
         self.c_attn = Linear(config.n_embd, heads * config.head_dim, bias=config.qkv_bias)
         self.c_proj = Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
-        norms = [nn.Identity(), nn.Identity()]
-        if config.qk_norm:
-            norms = [RMSNorm(config.head_dim, eps=config.norm_eps) for _ in range(2)]
-        self.q_norm, self.k_norm = norms
+        norm = RMSNorm if config.qk_norm else nn.Identity  # which ignores its arguments
+        self.q_norm = norm(config.head_dim, eps=config.norm_eps)
+        self.k_norm = norm(config.head_dim, eps=config.norm_eps)
 
     def forward(self, x, rotation=None, cache=None):
         """x (B, T, C) -> (B, T, C). rotation: (cos, sin) of the T positions, (T, hs/2) each.
@@ -202,8 +201,8 @@ class GPT(nn.Module):
 
     def rotation(self, positions):
         """positions (T,) -> the cosines and sines of their angles, (T, hs/2) each, in fp32."""
-        half = torch.arange(0, self.config.head_dim, 2, device=positions.device)
-        frequencies = self.config.rope_theta ** (-half / self.config.head_dim)
+        even = torch.arange(0, self.config.head_dim, 2, device=positions.device)
+        frequencies = self.config.rope_theta ** (-even / self.config.head_dim)
         angles = positions[:, None] * frequencies
         return angles.cos(), angles.sin()
 

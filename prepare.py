@@ -1,9 +1,9 @@
-"""Turn text into token files: data/NAME/{train,val}.npy and meta.json, with a tokenizer.json.
+"""Stage 1: text to token files: data/NAME/{train,val}.npy, meta.json, tokenizer.json.
 
-    python prepare.py                                    # Python's standard library: no network
-    python prepare.py --dataset=verdict                  # a preset; see PRESETS below
-    python prepare.py --source=book.txt                  # your own text, into data/book
-    python prepare.py --dataset=mine --source a.txt docs 'notes/*.org'
+python prepare.py                                    # Python's standard library: no network
+python prepare.py --dataset=verdict                  # a preset; see PRESETS below
+python prepare.py --source=book.txt                  # your own text, into data/book
+python prepare.py --dataset=mine --source a.txt docs 'notes/*.org'
 
 Of one text the first 90 % of the characters train and the rest validates. Several files, or the
 rows of a hub data set, are documents; each ends with the end-of-text token. `--shard=i/n` prepares
@@ -82,7 +82,7 @@ LONG_RUN = r"\p{L}{128}|[^\p{L}\s]{128}|\s{128}"
 
 
 def hide_secrets(source):
-    """`source`, of a URL without user, password and query: what may be shown and stored."""
+    """`source`; a URL without user, password and query, so that it may be shown and stored."""
     if not re.match(r"(?!hf:)\w{2,}:/", source):
         return source
     host = r"(?:[\w.-]+|\[[\da-f:.]+\])(?::\d+)?"
@@ -93,19 +93,16 @@ def hide_secrets(source):
     return url[1] + url[2]
 
 
-def require_network(host="huggingface.co", remedy="HF_HUB_OFFLINE=1 uses what is on this machine"):
-    """Raise UserError at once where `host` cannot be reached: clients retry for half a minute.
-    HF_HUB_OFFLINE skips the test for the hub, whose clients then look into their cache only."""
-    url = f"https://{host}"
-    if host == "huggingface.co":
-        if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-            return
-        url = os.environ.get("HF_ENDPOINT", url)
+def require_network(remedy):
+    """Raise UserError at once where the hub cannot be reached: its clients retry for half a minute.
+    With HF_HUB_OFFLINE nothing is tested: they look into their cache only."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return
     try:
         with contextlib.suppress(requests.ReadTimeout):  # slow, but there
-            requests.head(url, timeout=2)
+            requests.head(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=2)
     except OSError:
-        raise UserError(f"cannot reach {host}; {remedy}") from None
+        raise UserError(f"cannot reach huggingface.co; {remedy}") from None
 
 
 def fetch(url, raw_dir):
@@ -130,7 +127,7 @@ def fetch(url, raw_dir):
         aside.replace(path)
     wanted = {source: checksum for source, _, _, checksum in PRESETS.values()}.get(url)
     if wanted and sha256(path) != wanted:
-        raise UserError(f"{path} has not SHA-256 {wanted}; delete it to try again")
+        raise UserError(f"{path} does not have SHA-256 {wanted}; delete it and run again")
     return path
 
 
@@ -176,7 +173,7 @@ def split_of(checksum, val_fraction):
 
 def choose_splits(files, sums, val_fraction):
     """'train', 'val' or 'both' (its last characters validate) for each of several files. Where
-    documents are few or uneven a whole language might validate, or nothing: all are 'both'."""
+    documents are few or uneven, a hash could hold out a whole language or none: all are 'both'."""
     splits = [split_of(checksum, val_fraction) for checksum in sums]
     val = [path for path, split in zip(files, splits, strict=True) if split == "val"]
     share = sum(p.stat().st_size for p in val) / sum(p.stat().st_size for p in files)
@@ -261,10 +258,8 @@ class Tokenizer:
     name: what meta.json says; vocab_size; eot_id: the end-of-text token's id, or None.
     """
 
-    made_here = False
-
-    def __init__(self, name, engine, eot_id=None):
-        self.name, self.engine = name, engine
+    def __init__(self, name, engine, eot_id=None, made_here=False):
+        self.name, self.engine, self.made_here = name, engine, made_here
         self.tiktoken = isinstance(engine, tiktoken.Encoding)
         if self.tiktoken:
             self.vocab_size, self.eot_id = engine.n_vocab, engine.eot_token
@@ -309,11 +304,10 @@ class Tokenizer:
         return min(len(text), wrong if len(again) == len(text) else abs(len(again) - len(text)))
 
 
-def tokenizer_files(folder):
+def tokenizer_files(folder, tokenizer):
     """{file name: text} of a data folder's or checkpoint's meta.json and tokenizer.json, if any. A
     run reads them once, and writes them into its checkpoints: the folder may be made anew."""
     files = {"meta.json": json.dumps(read_meta(folder), indent=2) + "\n"}
-    tokenizer = load_tokenizer(folder)
     if not tokenizer.tiktoken:
         files[tokenizer.name] = (shard_folders(folder)[0] / tokenizer.name).read_bytes().decode()
     return files
@@ -360,7 +354,8 @@ def open_tiktoken(name):
     """The Tokenizer of tiktoken's encoding `name`. UserError if there is none or no network."""
     names = tiktoken.list_encoding_names()
     if name not in names:
-        raise UserError(f"tokenizer {name}: no file, none of bpe, char, {', '.join(names)}", 2)
+        raise UserError(f"tokenizer {name} is no tokenizer.json and none of bpe, char, "
+                        + ", ".join(names), 2)
     try:
         return Tokenizer(name, tiktoken.get_encoding(name))
     except (OSError, ValueError) as error:
@@ -369,7 +364,7 @@ def open_tiktoken(name):
 
 
 def default_vocab_size(n_bytes):
-    """Tokens of a BPE for a text: 2 sqrt(bytes) as a power of two, so that small ones repeat."""
+    """Vocabulary of a BPE: 2 sqrt(bytes) as a power of two, 512 to 4096, so that tokens repeat."""
     return min(4096, max(512, 2 ** round(math.log2(2 * math.sqrt(n_bytes)))))
 
 
@@ -382,9 +377,7 @@ def make_tokenizer(name, pieces, n_bytes=None, vocab_size=None):
     if name not in ("bpe", "char"):
         return open_tiktoken(name)
     engine = train_tokenizer(name, pieces, n_bytes, vocab_size)
-    tokenizer = Tokenizer("tokenizer.json", engine)
-    tokenizer.made_here = True
-    return tokenizer
+    return Tokenizer("tokenizer.json", engine, made_here=True)
 
 
 def train_tokenizer(name, pieces, n_bytes, vocab_size):
@@ -436,7 +429,7 @@ def write_splits(folder, pieces, tokenizer, n_bytes):
     counts = dict.fromkeys(COUNTS, 0)
     lost = characters = 0
 
-    def write_header(f, n):  # as long for every n
+    def write_header(f, n):  # the header has the same length for every n
         f.seek(0)
         fields = {"descr": dtype.str, "fortran_order": False, "shape": (n,)}
         np.lib.format.write_array_header_1_0(f, fields)
@@ -505,7 +498,7 @@ def shard_folders(folder):
     wanted = [folder / f"shard-{i:03}-of-{n:03}" for i in range(n)]
     odd = shards ^ set(wanted)
     if odd:
-        raise UserError(f"{min(odd)} is missing or no shard of the others; make all {n} with "
+        raise UserError(f"{min(odd)} is missing, or belongs to other shards; make all {n} with "
                         f"--shard=0/{n} to {n - 1}/{n}, the other options alike")
     return wanted
 
@@ -643,7 +636,8 @@ def open_sources(cfg, folder, i, n):
     if not files:
         raise UserError(f"--source {sources} is empty: there is nothing to tokenize")
     if cfg.shard and len(files) < max(n, 2):
-        raise UserError(f"--shard {cfg.shard} needs {n} documents, {sources} has {len(files)}")
+        raise UserError(f"--shard {cfg.shard} needs {max(n, 2)} documents, {sources} has "
+                        f"{len(files)}")
     empty = len(found) - len(files)
     one_text = len(files) == 1
     files = files[i::n]

@@ -29,7 +29,7 @@ import filelock
 LOG_COLUMNS = ["iter", "tokens", "lr", "loss", "grad_norm", "tokens_per_s"]
 LOG_COLUMNS += ["train_loss", "val_loss"]  # at evaluations
 RUN_FILES = ("best", "log.csv", "loss.png", "samples.md", "run.json")  # besides checkpoint-*
-# what is computed with later, whoever wrote the file
+# types of the fields of run.json that we compute with: anybody may have written the file
 RUN_TYPES = dict.fromkeys(("model", "train", "config", "state", "same", "machine"), dict)
 RUN_TYPES |= dict.fromkeys(("train_loss", "val_loss", "best_val_loss"), int | float | None)
 RUN_TYPES |= {"iter": int, "best_iter": int, "skipped": int, "resumed": list}
@@ -51,8 +51,8 @@ class UserError(Exception):
 
 
 def run_script(main, cfg):
-    """main(cfg) as a program: a UserError, or a closed door of the system's, is one line on stderr,
-    everything else a traceback."""
+    """main(cfg) as a program: a UserError, a full disk or a missing permission is one line on
+    stderr, everything else a traceback."""
     sys.stdout.reconfigure(encoding="utf-8")  # whatever the code page of a Windows pipe
     try:
         main(cfg)
@@ -61,7 +61,7 @@ def run_script(main, cfg):
         if isinstance(error, OSError):
             if error.errno not in closed:
                 raise
-            with contextlib.suppress(OSError, ValueError):  # what could not be printed stays so
+            with contextlib.suppress(OSError, ValueError):  # drop what could not be printed
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             error = UserError(f"{error.filename or 'standard output'}: {error.strerror}")
         if is_first_process():
@@ -72,7 +72,7 @@ def run_script(main, cfg):
 
 
 def is_first_process():
-    """Whether this process speaks for all of them."""
+    """Whether this is the first process, the one that prints."""
     several = "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ
     return os.environ.get("RANK", "0") == "0" or not several
 
@@ -220,7 +220,7 @@ class BadUpdates:
 
 
 class StopSignal:
-    """Turns the first SIGINT or SIGTERM into a flag, so that the update in hand can end.
+    """Turns the first SIGINT or SIGTERM into a flag, so that the current update can finish.
 
     `signum` is 0 until then. A second signal kills at once.
     """
@@ -239,7 +239,7 @@ class StopSignal:
     def _catch(self, number, frame):
         self.signum = number
         signal.signal(number, signal.SIG_DFL)
-        print0(f"\n{signal.Signals(number).name}: saving after this update; once more stops now")
+        print0(f"\n{signal.Signals(number).name}: saving after this update; again: stop at once")
 
     def agree(self, accelerator, *values):
         """Average `values` (floats or 0-d tensors) over the processes and agree on what is next.
@@ -259,7 +259,7 @@ class StopSignal:
         return means, int(signum), bool(late)
 
     def exit(self, signum, out_dir, command):
-        """End the program as the signal would have, after naming the command that goes on."""
+        """End the program as the signal would have, after naming the command that continues."""
         print0(f"saved in {out_dir}; to continue: {command}")
         if signum == signal.SIGINT:
             raise KeyboardInterrupt
@@ -432,10 +432,9 @@ def clear_run(out_dir, *names):
     """Delete the run in out_dir: its checkpoints, RUN_FILES and `names`. Call it last, when the new
     run is about to make its first update."""
     out_dir = Path(out_dir)
-    for path in [*checkpoints(out_dir), *(out_dir / n for n in (*RUN_FILES, *names))]:
+    doomed = [*checkpoints(out_dir), *(out_dir / name for name in (*RUN_FILES, *names))]
+    for path in [*doomed, *out_dir.glob(".tmp-*")]:  # .tmp-*: of a run killed while it wrote
         remove(path)
-    for leftover in out_dir.glob(".tmp-*"):  # of a run that was killed while it wrote
-        remove(leftover)
 
 
 def remove(path):
@@ -568,9 +567,9 @@ class RunLog:
     elsewhere `progress` prints plain lines with the time that is left.
     """
 
-    def __init__(self, out_dir, total, done, first, columns=LOG_COLUMNS, keep_until=-1):
-        """Rows of an existing log.csv past iteration `keep_until` are dropped: a resumed run makes
-        those updates again."""
+    def __init__(self, out_dir, total, done, first, columns=LOG_COLUMNS):
+        """Rows of an existing log.csv past iteration `done` are dropped: a resumed run makes those
+        updates again."""
         from tqdm.auto import tqdm
 
         self.first, self.total, self.done, self.began = first, total, done, time.perf_counter()
@@ -585,7 +584,7 @@ class RunLog:
             if path.exists():
                 with open(path, newline="", encoding="utf-8", errors="replace") as f:
                     kept = [row for row in csv.reader(f)
-                            if row and row[0].isdigit() and int(row[0]) <= keep_until]
+                            if row and row[0].isdigit() and int(row[0]) <= done]
             aside = path.with_name(".tmp-log.csv")
             with open(aside, "w", newline="", encoding="utf-8") as f:
                 csv.writer(f, lineterminator="\n").writerows([columns, *kept])
@@ -599,7 +598,7 @@ class RunLog:
             print0(text) if self.bar.disable else self.bar.write(text)
 
     def write(self, row):
-        """Append a row, {column: value}, to log.csv; it is on its way to the disk on return."""
+        """Append a row, {column: value}, to log.csv; on return the operating system has it."""
         if self.first:
             with disk_errors(self.folder):
                 self.writer.writerow(row)

@@ -174,7 +174,7 @@ def next_logits(model, idx, cache=None):
 @torch.no_grad()
 def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos_id=None,
            generator=None, kv_cache=True):
-    """Yield the next tokens (B, 1) one iteration at a time; see `generate`."""
+    """Yield the next tokens (B, 1), one step at a time; see `generate`."""
     cache = KVCache(model, idx.size(0), idx.size(1) + max_new_tokens) if kv_cache else None
     ended = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
     numpy_rows = len(idx) == 1 and idx.device.type == "cpu" and "fast" in sys.modules
@@ -205,8 +205,8 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
     """idx (B, T) -> (B, T + up to max_new_tokens): the prompt and its continuation.
 
     temperature 0 is greedy; top_k (clamped to V) and top_p narrow the choice; num_beams > 1
-    searches instead of drawing. A row that produced eos_id is filled with it; all rows ended ends
-    the call. Longer than block_size slides the window. Call model.eval() first.
+    searches instead of drawing. After eos_id a row is filled with it; the call returns early when
+    every row has ended. Past block_size the window slides. Call model.eval() first.
     """
     if num_beams > 1:
         return beam_search(model, idx, max_new_tokens, num_beams, eos_id, kv_cache)[0]
@@ -235,7 +235,7 @@ def beam_search(model, idx, max_new_tokens, num_beams, eos_id=None, kv_cache=Tru
             logp[..., eos_id].masked_fill_(ended, 0.0)
         total = (score[..., None] + logp).view(B, K * V)
         greedy = total[:, :V].argmax(-1, keepdim=True)  # (B, 1), an index into K * V
-        others = total.scatter(1, greedy, -torch.inf).topk(min(K - 1, K * V - 1), dim=1).indices
+        others = total.scatter(1, greedy, -torch.inf).topk(K - 1, dim=1).indices
         chosen = torch.cat((greedy, others), dim=1)  # (B, K)
         score = total.gather(1, chosen)
         rows = (first + chosen // V).flatten()  # the beam that each new one continues
@@ -286,12 +286,12 @@ def load_checkpoint(folder):
     return model.eval(), tokenizer, saved
 
 
-def newest_run(root="out"):
-    """The run of train.py under `root` that was saved last; its checkpoints have meta.json."""
-    found = [*Path(root).glob("*/checkpoint-[0-9]*"), *Path(root).glob("*/best")]
+def newest_run():
+    """The run of train.py under out/ that was saved last; its checkpoints have meta.json."""
+    found = [*Path("out").glob("*/checkpoint-[0-9]*"), *Path("out").glob("*/best")]
     found = [folder for folder in found if (folder / "meta.json").exists()]
     if not found:
-        raise UserError(f"no run under {root}/; train one: python train.py")
+        raise UserError("no run under out/; train one: python train.py")
     return max(found, key=lambda checkpoint: checkpoint.stat().st_mtime).parent
 
 
@@ -322,13 +322,6 @@ def load_run(out_dir=None, checkpoint="auto"):
     print0(f"sampling from {folder}")
     model, tokenizer, saved = load_checkpoint(folder)
     return model, tokenizer, str(saved.get("train", {}).get("sample_start") or "")
-
-
-def load_pretrained(name):
-    """(model, tokenizer, no prompt) of a GPT-2, Llama or Qwen3 on the hub or in a folder."""
-    import convert  # only here: it brings transformers along
-
-    return convert.from_pretrained(name), convert.load_tokenizer(name), ""
 
 
 def read_prompt(start):
@@ -371,8 +364,9 @@ def complete(model, tokenizer, text, cfg=None):
     generator = torch.Generator(device).manual_seed(cfg.seed)
     show = printable if sys.stdout.isatty() else str
     prompt = encode_prompt(model, tokenizer, text)
+    text = read_prompt(text)
     shown_prompt = prompt if text else []  # the end-of-text token that opens an empty one is not
-    if tokenizer.decode(shown_prompt) != read_prompt(text):
+    if tokenizer.count_lost(text, shown_prompt):
         print0("warning: the model's vocabulary cannot write this prompt; it sees something else")
     idx = torch.tensor([prompt] * cfg.num_samples, device=device)  # (B, T)
     eos_id = tokenizer.eot_id if cfg.stop_at_eos else None
@@ -412,7 +406,7 @@ def interact(model, tokenizer, text, cfg):
     """Continue `text` where there is one, then what is typed, line by line, until Ctrl-D."""
     with contextlib.suppress(ImportError):  # editing and history; Windows has its own
         import readline  # noqa: F401
-    sys.stdin.reconfigure(errors="surrogateescape")  # what is no UTF-8 is for read_prompt to say
+    sys.stdin.reconfigure(errors="surrogateescape")  # read_prompt reports what is not UTF-8
     print("type the beginning of a text; Ctrl-C stops a text, Ctrl-D ends")
     while True:
         try:
@@ -433,7 +427,7 @@ def main(cfg):
     check_range(cfg, 0, "temperature")
     check_range(cfg, 0, "seed", high=2**63 - 1)
     if cfg.top_p is not None and not 0 < cfg.top_p <= 1:
-        raise UserError(f"--top_p {cfg.top_p} must lie above 0 and at most at 1", 2)
+        raise UserError(f"--top_p {cfg.top_p} must be above 0 and at most 1", 2)
     if cfg.num_beams > 1 and (cfg.top_k or cfg.top_p or cfg.num_samples > 1):
         raise UserError("--num_beams searches for one text, the likeliest: leave out --top_k, "
                         "--top_p and --num_samples", 2)
@@ -442,8 +436,13 @@ def main(cfg):
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     if cfg.quantize.startswith("int") and str(device) != "cpu":
         raise UserError(f"--quantize={cfg.quantize} runs on a CPU, not on {device}; use bf16", 2)
-    model, tokenizer, start = (load_pretrained(cfg.init_from) if cfg.init_from
-                               else load_run(cfg.out_dir, cfg.checkpoint))
+    if cfg.init_from:
+        import convert  # only here: it brings transformers along
+
+        model, start = convert.from_pretrained(cfg.init_from), ""
+        tokenizer = convert.load_tokenizer(cfg.init_from)
+    else:
+        model, tokenizer, start = load_run(cfg.out_dir, cfg.checkpoint)
     model.to(device)
     if cfg.quantize != "none":
         import fast  # only here: sample.py works without the file

@@ -1,7 +1,7 @@
 """Stage 2: train a GPT on what prepare.py wrote. Read it from train() down, then its helpers.
 
-python train.py                                # 2 minutes on a laptop CPU, no network
-python train.py config/verdict.py              # a recipe; options after it win
+python train.py                                # 8 minutes on 2 slow CPU cores, no network
+python train.py config/verdict.py              # a recipe; options after it override it
 python train.py --dataset=mine --minutes=10    # your text: the rest is chosen from its size
 python train.py --out_dir=out/mine --resume    # continue from the newest intact checkpoint
 accelerate launch train.py                     # several GPUs
@@ -63,10 +63,10 @@ class Config:
     optimizer: Literal["adamw", "muon"] = "muon"  # muon: for hidden matrices, AdamW for the rest
     learning_rate: float = 1e-2  # at its peak
     min_lr: float = 0.0  # at the last update
-    embedding_lr: float | None = None  # peak for embeddings; None: learning_rate, twice with muon
+    embedding_lr: float | None = None  # peak for embeddings; None: learning_rate, doubled with muon
     head_lr: float | None = None  # peak for an untied head; None: learning_rate
     schedule: Literal["linear", "cosine"] = "linear"  # from the peak to min_lr
-    warmup_iters: int | None = None  # updates of linear warm-up; None: a tenth, 40 at most
+    warmup_iters: int | None = None  # of linear warm-up; None: a tenth of the run, at most 40
     weight_decay: float = 0.1  # of matrices; with muon of the hidden ones
     beta1: float = 0.9  # AdamW
     beta2: float = 0.95  # AdamW
@@ -78,7 +78,7 @@ class Config:
     log_interval: int = 10  # iterations between rows of log.csv
     save_interval: int = 0  # iterations; 0: every 15 minutes and at the end
     keep_checkpoints: int = 2  # newest ones kept, besides best/
-    sample_start: str | None = None  # prompt at each evaluation; None: how the val split begins
+    sample_start: str | None = None  # prompt at each evaluation; None: words from the val split
     sample_tokens: int = 100  # length of that text; 0: none
     sample_temperature: float = 0.8  # 0: greedy
     # machine
@@ -126,14 +126,14 @@ def train(cfg, accelerator, out_dir, stop):
     if not cfg.dry_run:
         checkpoint, saved = runtime.first_process_calls(
             accelerator, runtime.find_run, out_dir, cfg.resume, cfg.overwrite)
-    by_hand = changed(cfg)
+    given = ", ".join(f"{k}={v!r}" for k, v in changed(cfg).items())
+    print0("configuration:", given or "defaults")
     try:
-        cfg = given = settings_of(cfg, saved if checkpoint else None)
+        cfg = asked = settings_of(cfg, saved if checkpoint else None)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{checkpoint} is no checkpoint of train.py: {error!r}") from error
     with accelerator.main_process_first():  # a missing preset is prepared once
-        meta, data, files = load_data(cfg)
-    tokenizer = prepare.load_tokenizer(Path(cfg.data_dir) / cfg.dataset)
+        meta, data, tokenizer, files = load_data(cfg)
     vocab_size = meta["vocab_size"]
     rows = cfg.batch_size * cfg.gradient_accumulation_steps * world
     check_data(cfg, data, vocab_size, rows)
@@ -146,8 +146,9 @@ def train(cfg, accelerator, out_dir, stop):
         text = tokenizer.decode(data["val"][:64])
         words = text.split()[1:4]  # the split may begin inside a word
         cfg = replace(cfg, sample_start=" ".join(words) or text[:8])
-    if cfg.sample_tokens:
-        encode_prompt(model, tokenizer, cfg.sample_start)  # an error now, not at an evaluation
+    prompt = None
+    if cfg.sample_tokens:  # an error now, not at an evaluation
+        prompt = encode_prompt(model, tokenizer, cfg.sample_start)
 
     # -- length of the run, optimizers ---------------------------------------------------------
     measure = partial(measure_updates, model, data, cfg, accelerator, rows)
@@ -170,7 +171,7 @@ def train(cfg, accelerator, out_dir, stop):
     if cfg.compile:
         bare.compile()
 
-    announce(cfg, given, by_hand, accelerator, bare, data, rows)
+    announce(cfg, asked, accelerator, bare, data, rows)
     if checkpoint:
         print0(f"resuming from {checkpoint} at iteration {it:,}")
     if checkpoint and it == cfg.max_iters:
@@ -180,7 +181,7 @@ def train(cfg, accelerator, out_dir, stop):
                 "history": runtime.read_log(out_dir / "log.csv")}
     if checkpoint and cfg.max_iters != saved["train"].get("max_iters"):
         print0(f"extended to {cfg.max_iters:,} iterations: the learning rate continues at "
-               f"{lr_at(it, cfg, cfg.max_iters):.2e} on the schedule of that length")
+               f"{lr_at(it, cfg):.2e} on the schedule of that length")
 
     # -- the run folder: from here on the old run is gone --------------------------------------
     start = it
@@ -200,8 +201,7 @@ def train(cfg, accelerator, out_dir, stop):
                 runtime.clear_run(out_dir)
             trim_samples(out_dir / "samples.md", it)
             write_text(out_dir / "run.json", json.dumps(info, indent=2))
-    log = runtime.RunLog(out_dir, cfg.max_iters, it, accelerator.is_main_process,
-                         keep_until=it if checkpoint else -1)
+    log = runtime.RunLog(out_dir, cfg.max_iters, it, accelerator.is_main_process)
     settings = {k: "None" if v is None else v for k, v in asdict(cfg).items()}  # trackers take none
     accelerator.init_trackers(out_dir.name, settings)  # no tracker: nothing happens
     row = {"iter": 0, "tokens": 0}
@@ -223,7 +223,7 @@ def train(cfg, accelerator, out_dir, stop):
             log.print(f"iteration {it}: {describe_losses(losses, meta)}")
             if cfg.sample_tokens and accelerator.is_main_process:
                 with log.stage("samples"):
-                    text = sample_text(bare, tokenizer, cfg)
+                    text = sample_text(bare, tokenizer, prompt, cfg)
                 append_sample(out_dir / "samples.md", it, losses["val_loss"], text)
         if fresh and ("val_loss" in row or it and it % cfg.log_interval == 0):
             log.write(row)
@@ -251,8 +251,8 @@ def train(cfg, accelerator, out_dir, stop):
         if improved:
             with log.stage("checkpoints"):
                 runtime.save_checkpoint(accelerator, out_dir / "best", write)
-        due = late or cfg.save_interval and it % cfg.save_interval == 0
-        if fresh and (due or last or signum) and it:
+        save_due = late or cfg.save_interval and it % cfg.save_interval == 0
+        if fresh and (save_due or last or signum) and it:
             with log.stage("checkpoints"):
                 folder = out_dir / f"checkpoint-{it:06d}"
                 runtime.save_checkpoint(accelerator, folder, write, cfg.keep_checkpoints)
@@ -266,7 +266,7 @@ def train(cfg, accelerator, out_dir, stop):
 
         # -- one update ------------------------------------------------------------------------
         with log.stage("updates"):
-            lr = lr_at(it, cfg, cfg.max_iters)
+            lr = lr_at(it, cfg)
             runtime.set_learning_rate(optimizers, lr)
             # dropout is a pure function of (seed, iteration, process)
             torch.manual_seed(runtime.derive_seed(cfg.seed, it, accelerator.process_index))
@@ -340,7 +340,7 @@ def main(cfg):
 
 
 def load_data(cfg):
-    """(meta, {split: token array}, {file name: content} of the tokenizer) of the data set, read
+    """(meta, {split: token array}, tokenizer, {name: content} of its files) of the data set, read
     once: the folder may change while the run goes. Prepares a missing preset."""
     folder = Path(cfg.data_dir) / cfg.dataset
     if not prepare.is_prepared(folder):
@@ -353,7 +353,8 @@ def load_data(cfg):
         print0(f"{folder} is not there yet: preparing it")
         prepare.main(prepare.Config(dataset=cfg.dataset, data_dir=cfg.data_dir))
     data = {split: prepare.open_split(folder, split) for split in ("train", "val")}
-    return prepare.read_meta(folder), data, prepare.tokenizer_files(folder)
+    tokenizer = prepare.load_tokenizer(folder)
+    return prepare.read_meta(folder), data, tokenizer, prepare.tokenizer_files(folder, tokenizer)
 
 
 def check_data(cfg, data, vocab_size, rows):
@@ -376,7 +377,7 @@ def check_data(cfg, data, vocab_size, rows):
 
 
 def count_windows(tokens, block_size):
-    """Windows of block_size tokens, each followed by at least one more to predict."""
+    """The number of windows of block_size tokens, each followed by one more to predict."""
     return (len(tokens) - 1) // block_size
 
 
@@ -412,7 +413,7 @@ def read_windows(tokens, windows, block_size, vocab_size, device):
 # what is not set by hand
 
 
-# A text of few tokens is learned by heart: a smaller model, dropout and few passes put that off.
+# A small text is soon memorized: a smaller model, dropout and fewer epochs delay that.
 # Train tokens up to which a row holds, width, dropout; measured in docs/LOG.md.
 SHAPES = ((60_000, 128, 0.2), (400_000, 192, 0.2), (1_200_000, 256, 0.1), (math.inf, 256, 0.0))
 MAX_EPOCHS = 10  # of a run whose length is not given
@@ -430,7 +431,8 @@ def choose_shape(cfg, tokens):
 
 
 def choose_length(cfg, train_windows, rows, measure):
-    """Settle max_iters, from max_epochs or minutes where one is given, and what hangs on it.
+    """Choose max_iters, from max_epochs or minutes where one is given, and from it warmup_iters
+    and eval_interval.
 
     measure: a function that returns (seconds an update takes, bytes of memory).
     """
@@ -452,13 +454,13 @@ def choose_length(cfg, train_windows, rows, measure):
 # optimisation
 
 
-def lr_at(iteration, cfg, max_iters):
+def lr_at(iteration, cfg):
     """Learning rate of update `iteration` (from 0): linear warm-up, whose first value is above 0,
     then `schedule` to min_lr at the last update (cosine: Loshchilov & Hutter 2017)."""
-    step = min(iteration + 1, max_iters)
-    if step <= cfg.warmup_iters or max_iters == 1:
+    step = iteration + 1
+    if step <= cfg.warmup_iters or cfg.max_iters == 1:
         return cfg.learning_rate * step / max(1, cfg.warmup_iters)
-    left = (max_iters - step) / max(1, max_iters - cfg.warmup_iters)  # 1 at the peak, 0 at the end
+    left = (cfg.max_iters - step) / (cfg.max_iters - cfg.warmup_iters)  # 1 at the peak, 0 at last
     if cfg.schedule == "cosine":
         left = 0.5 * (1 - math.cos(math.pi * left))
     return cfg.min_lr + (cfg.learning_rate - cfg.min_lr) * left
@@ -479,7 +481,7 @@ def make_optimizers(model, cfg, device):
             scale, own = 2.0 if muon else 1.0, cfg.embedding_lr
         elif name.startswith("lm_head"):
             own = cfg.head_lr
-        if own is not None and cfg.learning_rate:
+        if own is not None and cfg.learning_rate:  # check_config: else `own` is 0 too
             scale = own / cfg.learning_rate
         groups.setdefault((p.dim() >= 2, scale), []).append(p)
     groups = [{"params": params, "lr_scale": scale,
@@ -528,8 +530,7 @@ def update(model, optimizers, micro_batches, cfg, accelerator):
             loss = model(idx, targets, return_logits=False)[1]
             accelerator.backward(loss / steps)
         loss_sum += loss.detach()
-    norm = accelerator.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
-    norm = float(norm)
+    norm = float(accelerator.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf))
     apply_gradients(accelerator, optimizers, math.isfinite(norm))
     return loss_sum / steps, norm
 
@@ -556,7 +557,7 @@ def evaluate(model, data, cfg, accelerator, vocab_size):
             for start in range(0, count, cfg.batch_size * world):
                 mine = windows[start : start + cfg.batch_size * world]
                 mine = mine[accelerator.process_index :: world]
-                # Every process computes as many batches; one without windows counts nothing.
+                # Every process runs as many batches; one with no window left adds 0.
                 chosen = mine if len(mine) else windows[:1]
                 batch = read_windows(tokens, chosen, cfg.block_size, vocab_size, accelerator.device)
                 loss = model(*batch, return_logits=False)[1]
@@ -573,19 +574,18 @@ def describe_losses(losses, meta):
     for split in ("train", "val"):
         loss = losses[f"{split}_loss"]
         parts.append(f"{split} loss {loss:.3f}, perplexity {runtime.perplexity(loss):.1f}")
-    if meta.get("val_bytes") and meta.get("lossless", True):
+    if meta["val_bytes"] and meta["lossless"]:
         bits = losses["val_loss"] / math.log(2) * meta["val_tokens"] / meta["val_bytes"]
         parts.append(f"{bits:.3f} bits per byte of val")
     return " | ".join(parts)
 
 
-def sample_text(model, tokenizer, cfg):
-    """Continue cfg.sample_start by cfg.sample_tokens tokens. Returns the text."""
-    ids = encode_prompt(model, tokenizer, cfg.sample_start)
+def sample_text(model, tokenizer, prompt, cfg):
+    """Continue `prompt`, a list of token ids, by cfg.sample_tokens tokens. Returns the text."""
     device = model.lm_head.weight.device
     generator = torch.Generator(device).manual_seed(cfg.seed)  # leaves the global one alone
     model.eval()
-    out = generate(model, torch.tensor([ids], device=device), cfg.sample_tokens,
+    out = generate(model, torch.tensor([prompt], device=device), cfg.sample_tokens,
                    cfg.sample_temperature, generator=generator)
     model.train()
     return tokenizer.decode(out[0])
@@ -636,7 +636,9 @@ def check_config(cfg):
     for group in Config.ALTERNATIVES:
         said = [f"--{name}" for name in group if getattr(cfg, name)]
         if len(said) > 1:
-            raise UserError(f"{' and '.join(said)} set the same; give one", 2)
+            raise UserError(f"{' and '.join(said)} set the same thing; give only one", 2)
+    if not cfg.learning_rate and (cfg.embedding_lr or cfg.head_lr):
+        raise UserError("--embedding_lr and --head_lr need a --learning_rate above 0", 2)
     if ".." in Path(cfg.dataset).parts or len(cfg.dataset.encode()) > 200:
         raise UserError(f"--dataset {cfg.dataset[:80]} must be a short name without '..'", 2)
 
@@ -645,7 +647,7 @@ def settings_of(cfg, saved):
     """cfg, on resume laid over the settings in the checkpoint's run.json `saved` (else None)."""
     given = runtime.given_names(cfg)
     if saved is not None:
-        # of runs that had no such options
+        # what runs made before these options existed used
         settings = {"schedule": "cosine", "momentum": 0.95,
                     "embedding_lr": saved["train"]["learning_rate"]}
         settings |= asdict(GPTConfig(**saved["model"])) | saved["train"]
@@ -700,11 +702,10 @@ def check_resume(cfg, folder, saved, meta, config):
     runtime.check_same(folder, was, now)
 
 
-def announce(cfg, given, by_hand, accelerator, model, data, rows):
-    """Print what the run is: settings, machine, size, length."""
+def announce(cfg, asked, accelerator, model, data, rows):
+    """Print what was chosen beside what was `asked` for, and machine, size and length."""
     windows = {split: count_windows(tokens, cfg.block_size) for split, tokens in data.items()}
-    chosen = {k: v for k, v in asdict(cfg).items() if v is not None and v != asdict(given)[k]}
-    print0("configuration:", ", ".join(f"{k}={v!r}" for k, v in by_hand.items()) or "defaults")
+    chosen = {k: v for k, v in asdict(cfg).items() if v is not None and v != asdict(asked)[k]}
     print0(f"chosen for {len(data['train']):,} train tokens:",
            ", ".join(f"{k}={v!r}" for k, v in chosen.items()) or "nothing")
     print0(f"{accelerator.device.type}, precision {accelerator.mixed_precision}, "
@@ -718,13 +719,15 @@ def announce(cfg, given, by_hand, accelerator, model, data, rows):
 
 
 def measure_updates(model, data, cfg, accelerator, rows):
-    """(seconds an update takes here, peak memory of the process in bytes): three real updates on a
-    copy of the model; the first one warms up."""
+    """(seconds an update takes here, bytes of memory): three real updates on a copy of the model;
+    the first one warms up."""
     import psutil
 
     model = copy.deepcopy(model).to(accelerator.device)
     optimizers = make_optimizers(model, cfg, accelerator.device)
     model, *optimizers = accelerator.prepare(model, *optimizers)
+    if cfg.compile:
+        accelerator.unwrap_model(model).compile()
     runtime.set_learning_rate(optimizers, 1e-9)
     times = []
     n = count_windows(data["train"], cfg.block_size)
@@ -738,8 +741,8 @@ def measure_updates(model, data, cfg, accelerator, rows):
     memory = psutil.Process().memory_info().rss
     if accelerator.device.type == "cuda":
         memory = torch.cuda.max_memory_allocated()
-    return max(accelerator.gather(torch.tensor(min(times[1:])).to(accelerator.device)).view(-1)
-               .tolist()), memory
+    seconds = torch.tensor(min(times[1:]), device=accelerator.device)
+    return accelerator.gather(seconds).max().item(), memory
 
 
 def dry_run(cfg, model, data, seconds, memory, rows):
@@ -755,7 +758,7 @@ def dry_run(cfg, model, data, seconds, memory, rows):
            f"{tokens / len(data['train']):.2f} epochs\n"
            f"time         {seconds * cfg.max_iters / 3600:.2f} hours, {seconds:.2f} s an "
            "iteration, evaluations left out\n"
-           f"memory       {memory / 1e9:.2f} GB at its peak, the interpreter included\n"
+           f"memory       {memory / 1e9:.2f} GB: the whole process, or a GPU's peak\n"
            f"disk         {disk / 1e9:.2f} GB at most, {checkpoint / 1e9:.2f} a checkpoint")
 
 

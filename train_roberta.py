@@ -399,8 +399,8 @@ class RunCallback(transformers.TrainerCallback):
             lr_scheduler.last_epoch -= 1
             lr_scheduler.step()
         self.folder, first = Path(args.output_dir), state.is_world_process_zero
-        self.log = runtime.RunLog(self.folder, self.last, self.done, first, keep_until=self.done,
-                                  columns=[*runtime.LOG_COLUMNS, "val_accuracy"])
+        self.log = runtime.RunLog(self.folder, self.last, self.done, first,
+                                  [*runtime.LOG_COLUMNS, "val_accuracy"])
         self.tokens, self.updating = state.num_input_tokens_seen, 0.0  # at, and since, the last row
         self.clock = time.perf_counter()
 

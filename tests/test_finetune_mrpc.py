@@ -181,8 +181,8 @@ def test_bad_file_is_one_line(name, text, words, recipe, tmp_path, fails):
 def test_no_network_names_the_way_out(recipe, monkeypatch, fails):
     """Half a minute of retries and a traceback instead of the options that work offline."""
 
-    def offline(host, remedy):
-        raise runtime.UserError(f"no connection to {host}; {remedy}")
+    def offline(remedy):
+        raise runtime.UserError(f"no connection to huggingface.co; {remedy}")
 
     monkeypatch.setattr("prepare.require_network", offline)
     for change in ({"train_file": "", "validation_file": ""}, {"model": "bert-base-uncased"}):

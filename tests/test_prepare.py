@@ -529,9 +529,9 @@ def test_no_network(run, text_file, tmp_path, options):
 def test_hub_offline(monkeypatch, fails):
     """HF_HUB_OFFLINE users have their cache; others learn at once that the hub is out of reach."""
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    prepare.require_network()  # conftest sets HF_HUB_OFFLINE
+    prepare.require_network("use --dataset=stdlib")  # conftest sets HF_HUB_OFFLINE
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    fails(1, prepare.require_network, "cannot reach huggingface.co", "HF_HUB_OFFLINE=1")
+    fails(1, lambda: prepare.require_network("use x"), "cannot reach huggingface.co", "use x")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -761,8 +761,8 @@ def test_tokenizer_files(make, text_file, tmp_path):
     """A run that reads the tokenizer at each checkpoint saves that of a data set made meanwhile:
     what is read once must be enough to load it again, byte for byte."""
     folder = make(text_file, tokenizer="bpe", vocab_size=300)
-    files = prepare.tokenizer_files(folder)
     old = prepare.load_tokenizer(folder)
+    files = prepare.tokenizer_files(folder, old)
     text_file.write_text((HARD + WORDS * 20)[::-1], encoding="utf-8")
     make(text_file, tokenizer="bpe", vocab_size=300)
     for name, text in files.items():

@@ -346,7 +346,7 @@ def test_log_drops_what_a_resumed_run_makes_again(tmp_path, capsys):
         log.write({"iter": i, "loss": 0.5 * i, "tokens": 7 * i})
     log.file.write("8,5")  # the disk was full
     log.close()
-    log = runtime.RunLog(tmp_path, 9, 5, True, keep_until=5)
+    log = runtime.RunLog(tmp_path, 9, 5, True)
     log.progress(6, "loss 3.000")
     log.write({"iter": 6, "loss": 3.0, "tokens": 42})
     assert "total" not in log.close()
