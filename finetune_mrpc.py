@@ -788,7 +788,7 @@ def run(cfg, accelerator, held):
     seeds = check_config(cfg)
     print0("configuration:", ", ".join(f"{k}={v!r}" for k, v in changed(cfg).items()) or "defaults")
     data, labels = load_pairs(cfg)
-    command = runtime.resume_command(out_dir)
+    command = runtime.resume_command("finetune_mrpc.py", out_dir)
     stop = runtime.StopSignal()
     held.callback(stop.release)
     if seeds:

@@ -266,10 +266,10 @@ class StopSignal:
         raise SystemExit(128 + signum)
 
 
-def resume_command(out_dir):
+def resume_command(script, out_dir):
     """The command that continues the run in out_dir."""
-    script = sys.argv[0] if sys.argv[0].endswith(".py") else "train.py"
-    return f"python {shlex.quote(script)} --out_dir={shlex.quote(str(out_dir))} --resume"
+    path = sys.argv[0] if Path(sys.argv[0]).name == script else script  # a notebook's is another
+    return f"python {shlex.quote(path)} --out_dir={shlex.quote(str(out_dir))} --resume"
 
 
 # ---------------------------------------------------------------------------------------------

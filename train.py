@@ -9,14 +9,13 @@ torchrun --nproc_per_node 2 train.py           # several processes, GPUs or not
 """
 
 import contextlib
-import copy
 import json
 import math
 import re
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -139,6 +138,12 @@ def train(cfg, accelerator, out_dir, stop):
     check_data(cfg, data, vocab_size, rows)
     train_windows = count_windows(data["train"], cfg.block_size)
     cfg = choose_shape(cfg, len(data["train"]))
+
+    def measure():
+        model = make_model(replace(cfg, dropout=cfg.dropout or 0.0), vocab_size, saved, tokenizer)
+        return measure_updates(model, data, cfg, accelerator, rows)
+
+    cfg = choose_length(cfg, train_windows, rows, measure)
     model = make_model(cfg, vocab_size, saved, tokenizer)
     if checkpoint:
         check_resume(cfg, checkpoint, saved, meta, model.config)
@@ -151,8 +156,6 @@ def train(cfg, accelerator, out_dir, stop):
         prompt = encode_prompt(model, tokenizer, cfg.sample_start)
 
     # -- length of the run, optimizers ---------------------------------------------------------
-    measure = partial(measure_updates, model, data, cfg, accelerator, rows)
-    cfg = choose_length(cfg, train_windows, rows, measure)
     if cfg.dry_run:
         return dry_run(cfg, model, data, *measure(), rows)
     it = int(checkpoint.name[11:]) if checkpoint else 0
@@ -175,7 +178,8 @@ def train(cfg, accelerator, out_dir, stop):
     if checkpoint:
         print0(f"resuming from {checkpoint} at iteration {it:,}")
     if checkpoint and it == cfg.max_iters:
-        print0(f"the run is finished; a longer one: {runtime.resume_command(out_dir)} "
+        command = runtime.resume_command("train.py", out_dir)
+        print0(f"the run is finished; a longer one: {command} "
                f"--max_iters={2 * it}, whose learning rate rises again to that schedule's")
         return {"model": bare.eval(), "tokenizer": tokenizer,
                 "history": runtime.read_log(out_dir / "log.csv")}
@@ -301,7 +305,7 @@ def train(cfg, accelerator, out_dir, stop):
     accelerator.wait_for_everyone()  # the first process may still be drawing
     accelerator.end_training()
     if signum:
-        stop.exit(signum, out_dir, runtime.resume_command(out_dir))
+        stop.exit(signum, out_dir, runtime.resume_command("train.py", out_dir))
     return {"model": bare.eval(), "tokenizer": tokenizer,
             "history": runtime.read_log(out_dir / "log.csv")}
 
@@ -413,26 +417,26 @@ def read_windows(tokens, windows, block_size, vocab_size, device):
 # what is not set by hand
 
 
-# A small text is soon memorized: a smaller model, dropout and fewer epochs delay that.
-# Train tokens up to which a row holds, width, dropout; measured in docs/LOG.md.
-SHAPES = ((60_000, 128, 0.2), (400_000, 192, 0.2), (1_200_000, 256, 0.1), (math.inf, 256, 0.0))
+# A small text is soon memorized: a smaller model, dropout and fewer epochs delay that; where a text
+# is not repeated dropout only costs loss. Measured in docs/LOG.md.
+WIDTHS = ((60_000, 128), (400_000, 192), (math.inf, 256))  # train tokens up to which one holds
+DROPOUTS = ((2, 0.0), (5, 0.1), (math.inf, 0.2))  # epochs up to which one holds
 MAX_EPOCHS = 10  # of a run whose length is not given
 
 
 def choose_shape(cfg, tokens):
-    """Fill in what is None of the model's shape and dropout, from the number of train tokens."""
-    n_embd, dropout = next(row[1:] for row in SHAPES if tokens <= row[0])
+    """Fill in what is None of the model's shape, from the number of train tokens."""
     if cfg.init_from != "scratch":
-        return replace(cfg, dropout=dropout if cfg.dropout is None else cfg.dropout)
-    width = cfg.n_embd or n_embd
+        return cfg
+    width = cfg.n_embd or next(width for most, width in WIDTHS if tokens <= most)
     heads = width // 64 if width % 64 == 0 else 4
-    shape = {"n_layer": 4, "n_head": heads, "n_embd": width, "dropout": dropout}
+    shape = {"n_layer": 4, "n_head": heads, "n_embd": width}
     return replace(cfg, **{k: v for k, v in shape.items() if getattr(cfg, k) is None})
 
 
 def choose_length(cfg, train_windows, rows, measure):
-    """Choose max_iters, from max_epochs or minutes where one is given, and from it warmup_iters
-    and eval_interval.
+    """Choose max_iters, from max_epochs or minutes where one is given, and from it dropout,
+    warmup_iters and eval_interval.
 
     measure: a function that returns (seconds an update takes, bytes of memory).
     """
@@ -443,6 +447,9 @@ def choose_length(cfg, train_windows, rows, measure):
     if cfg.minutes:
         iters = min(most, max(1, int(cfg.minutes * 60 / measure()[0])))
     settled = {"max_iters": iters, "max_epochs": None, "minutes": None}
+    if cfg.dropout is None:
+        epochs = iters * rows / train_windows
+        settled["dropout"] = next(p for most, p in DROPOUTS if epochs <= most)
     if cfg.warmup_iters is None:
         settled["warmup_iters"] = min(40, iters // 10)
     if cfg.eval_interval is None:
@@ -719,11 +726,10 @@ def announce(cfg, asked, accelerator, model, data, rows):
 
 
 def measure_updates(model, data, cfg, accelerator, rows):
-    """(seconds an update takes here, bytes of memory): three real updates on a copy of the model;
-    the first one warms up."""
+    """(seconds an update takes here, bytes of memory): three real updates, the first warms up."""
     import psutil
 
-    model = copy.deepcopy(model).to(accelerator.device)
+    model.to(accelerator.device)
     optimizers = make_optimizers(model, cfg, accelerator.device)
     model, *optimizers = accelerator.prepare(model, *optimizers)
     if cfg.compile:

@@ -677,7 +677,7 @@ def train(cfg, accelerator, lines, stop, start, saved):
         raise UserError(f"{start} cannot be loaded: {first_line(error)[:150]}; start a new "
                         "--out_dir") from error
     if callback.signum:
-        stop.exit(callback.signum, out_dir, runtime.resume_command(out_dir))
+        stop.exit(callback.signum, out_dir, runtime.resume_command("train_roberta.py", out_dir))
 
     # ---- the finished model becomes out_dir's own and answers a first question
     if first:

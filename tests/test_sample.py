@@ -157,7 +157,7 @@ def test_probabilities(logits, temperature, top_k, top_p):
     assert true[kept].max() >= true.max() * (1 - 1e-6)
     if top_k is not None:
         assert kept.sum() <= top_k
-        best = true.topk(min(top_k, len(true)))
+        best = (true * (1 + 1e-9 * kept)).topk(min(top_k, len(true)))  # of ties those it took
         true = torch.zeros_like(true).scatter(0, best.indices, best.values / best.values.sum())
     if top_p is None:
         assert (kept.sum() == min(top_k or len(p), len(p))) or (true.sort().values[0] < 1e-30)
