@@ -287,6 +287,8 @@ def lock_folder(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(folder / ".lock", timeout=0)
         lock.acquire()
+        for leftover in list(folder.glob(".tmp-*")):  # of a run that was killed while it wrote
+            remove(leftover)
     except filelock.Timeout:
         raise UserError(f"another run is writing into {folder}; wait for it or choose another "
                         "folder") from None
@@ -432,8 +434,7 @@ def clear_run(out_dir, *names):
     """Delete the run in out_dir: its checkpoints, RUN_FILES and `names`. Call it last, when the new
     run is about to make its first update."""
     out_dir = Path(out_dir)
-    doomed = [*checkpoints(out_dir), *(out_dir / name for name in (*RUN_FILES, *names))]
-    for path in [*doomed, *out_dir.glob(".tmp-*")]:  # .tmp-*: of a run killed while it wrote
+    for path in [*checkpoints(out_dir), *(out_dir / name for name in (*RUN_FILES, *names))]:
         remove(path)
 
 

@@ -1,7 +1,7 @@
 """The attack on the scripts, as a table: bad inputs, faults, hostile pickles.
 
-    python tests/stress.py           # a fixed part of the table, under a minute on 2 CPU cores
-    python tests/stress.py --long    # all of it, about ten minutes
+    python tests/stress.py           # a fixed part of the table, some minutes on 2 CPU cores
+    python tests/stress.py --long    # all of it, about 20 minutes
     python tests/stress.py --long sample disk    # only the rows that hold one of the words
 
 An input is answered clearly, by exit code 1 or 2, one line "error: ..." and every file as it was;

@@ -146,7 +146,10 @@ def test_two_runs_do_not_share_a_folder(tmp_path, fails):
     lock = runtime.lock_folder(tmp_path / "a/b")
     fails(1, lambda: runtime.lock_folder(tmp_path / "a/b"), "another run", "a/b")
     lock.release()
+    (tmp_path / "a/b/.tmp-best").mkdir()  # a run was killed while it wrote
+    (tmp_path / "a/b/.tmp-loss.png").write_text("half")
     runtime.lock_folder(tmp_path / "a/b").release()
+    assert [p.name for p in (tmp_path / "a/b").iterdir()] == [".lock"]
     (tmp_path / "file").write_text("")
     fails(1, lambda: runtime.lock_folder(tmp_path / "file"), "cannot write", "file")
 
@@ -237,7 +240,6 @@ def test_clear_run_takes_links_but_not_their_targets(tmp_path):
     elsewhere = make_run(tmp_path / "scratch", 3, 7)
     (run / "best").symlink_to(elsewhere / "checkpoint-000003")
     (run / "checkpoint-000007").symlink_to(elsewhere / "checkpoint-000007")
-    (run / ".tmp-best").mkdir()
     (run / "mine.txt").write_text("mine")
     before = snapshot(elsewhere)
     assert runtime.find_run(run, True, False)[1] == {"iter": 7}
