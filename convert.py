@@ -323,7 +323,7 @@ def public_name(source):
 def model_card(model, saved, meta, library):
     """README.md of an exported model: what it is and the figures of its run."""
     c = model.config
-    settings = saved.get("train") or {}
+    settings = saved.get("train", {})
     name = public_name(str(settings.get("dataset", "a model")))
     start = public_name(str(settings.get("init_from", "scratch")))
     rows = [
@@ -333,7 +333,7 @@ def model_card(model, saved, meta, library):
         f"model | {c.n_layer} layers, {c.n_head} heads ({c.n_kv_head} for keys and values), "
         f"width {c.n_embd}, context {c.block_size}",
         f"parameters | {model.count_parameters():,}",
-        f"trained | {saved.get('iter') or 0:,} iterations from {start}",
+        f"trained | {saved.get('iter', 0):,} iterations from {start}",
     ]
     for key in ("train_loss", "val_loss"):
         if saved.get(key) is not None:

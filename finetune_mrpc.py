@@ -502,10 +502,11 @@ def train(cfg, accelerator, data, labels, stop, start, command):
     state = {"iteration": 0, "tokens": 0, "loss_sum": 0.0, "loss_pairs": 0, "skipped": 0,
              "metrics": None, "best_f1": -1.0, "resumed": [], "total": total}
     if folder:
-        runtime.check_same(folder, saved.get("same") or {}, same)
-        if saved["state"].keys() != state.keys():
+        runtime.check_same(folder, saved.get("same", {}), same)
+        was = saved.get("state", {})
+        if was.keys() != state.keys() or was["iteration"] != int(folder.name[11:]):
             raise UserError(f"{folder} is of another version; start a new --out_dir")
-        state = saved["state"]
+        state = was
         check_progress(folder, state, end, total)
 
     # ---- optimizer, run folder

@@ -155,7 +155,7 @@ def train(cfg, accelerator, out_dir, stop):
     if cfg.sample_tokens:  # an error now, not at an evaluation
         prompt = encode_prompt(model, tokenizer, cfg.sample_start)
 
-    # -- length of the run, optimizers ---------------------------------------------------------
+    # -- optimizers ----------------------------------------------------------------------------
     if cfg.dry_run:
         return dry_run(cfg, model, data, *measure(), rows)
     it = int(checkpoint.name[11:]) if checkpoint else 0

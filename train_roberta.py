@@ -45,7 +45,7 @@ class Config:
     learning_rate: float = 5e-5  # at its peak, then linear to zero
     muon_lr: float | None = None  # that of Muon, for hidden matrices; None: AdamW for all
     warmup_iters: int = 0  # iterations of linear warm-up from zero
-    weight_decay: float = 0.0  # of matrices
+    weight_decay: float = 0.0  # of matrices; with muon_lr of the hidden ones
     grad_clip: float = 1.0  # norm the gradient is clipped to
     mixed_precision: Literal["auto", "fp16", "bf16", "no"] = "auto"  # auto: bf16 where it is fast
     # run: how often to log, evaluate and save; how many checkpoints to keep
@@ -322,7 +322,8 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def __init__(self, model, muon_lr, lr, weight_decay):
         hidden = [p for p in model.roberta.encoder.parameters() if p.ndim == 2]
-        rest = [p for p in model.parameters() if all(p is not q for q in hidden)]
+        ids = {id(p) for p in hidden}
+        rest = [p for p in model.parameters() if id(p) not in ids]
         # match_rms_adamw: updates as large as AdamW's at that rate
         self.parts = (Muon(hidden, muon_lr, weight_decay, momentum=0.8, ns_steps=4,
                            adjust_lr_fn="match_rms_adamw"),
