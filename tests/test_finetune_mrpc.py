@@ -375,8 +375,11 @@ def test_what_a_checkpoint_cannot_be_resumed_with(recipe, whole, home, tmp_path,
     other = home / "other.tsv"
     make_pairs(83, 3).to_csv(other, sep="\t", index=False)
     fails(2, lambda: resume(whole, train_file=str(other)), "content of the train pairs")
+    saved = runtime.read_run(runtime.checkpoints(whole)[0])
+    odd = [saved | {"state": state} for state in ({}, saved["state"] | {"iteration": 7})]
     for name, content in (("model.safetensors", b"{}"), ("optimizer.bin", b"no pickle"),
-                          ("run.json", b"[]"), ("run.json", b"{}")):
+                          ("run.json", b"[]"), ("run.json", b"{}"),
+                          *(("run.json", json.dumps(info).encode()) for info in odd)):
         out_dir = tmp_path / str(len(list(tmp_path.iterdir())))
         shutil.copytree(whole, out_dir)
         for folder in runtime.checkpoints(out_dir):
