@@ -17,7 +17,6 @@ import subprocess
 import sys
 import traceback
 import types
-from importlib import metadata
 
 import tyro
 
@@ -33,51 +32,43 @@ def read_config_file(path):
     """Run one config file and return what it sets, as command line options."""
     if not os.path.isfile(path):
         usage_error(f"config file {path!r} is not there; options start with --, as --seed=1 does")
+    options = []
     try:
-        return as_options(runpy.run_path(path))
+        for name, value in runpy.run_path(path).items():
+            if name.startswith("_") or isinstance(value, types.ModuleType) or callable(value):
+                continue
+            several = isinstance(value, list | tuple)
+            options += [f"--{name}", *map(str, value)] if several else [f"--{name}={value}"]
     except (Exception, SystemExit) as error:  # it is the user's program: anything can happen in it
         frames = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
         if isinstance(error, SyntaxError) and error.filename == path:
             frames = [error.lineno]
         line = (frames or ["?"])[-1]
         usage_error(f"config file {path}, line {line}: {type(error).__name__}: {error}")
-
-
-def as_options(names):
-    """{name: value} of what a config file sets -> command line options."""
-    options = []
-    for name, value in names.items():
-        if name.startswith("_") or isinstance(value, types.ModuleType) or callable(value):
-            continue
-        several = isinstance(value, list | tuple)
-        options += [f"--{name}", *map(str, value)] if several else [f"--{name}={value}"]
     return options
 
 
 def parse(config_class, options, default, place):
     """`default` with `options` applied. Returns (Config, the names that were given)."""
-    fields = {f.name: f.type for f in dataclasses.fields(config_class)}
     spelled, names = [], []
-    for i, option in enumerate(options):
+    retired = getattr(config_class, "RETIRED", {})
+    for option, following in zip(options, [*options[1:], "--"], strict=False):
         spelled.append(option)
         if not option.startswith("--"):
             continue
         name = option[2:].partition("=")[0].replace("-", "_")
         names.append(name)
-        new = getattr(config_class, "RETIRED", {}).get(name)
-        if new and name not in fields:
-            usage_error(f"{place}--{name} is now {new}")
-        alone = i + 1 == len(options) or options[i + 1].startswith("--")
-        if fields.get(name) in (bool, "bool") and "=" not in option and alone:
+        if name in retired:
+            usage_error(f"{place}--{name} is now {retired[name]}")
+        switch = isinstance(getattr(default, name, None), bool)
+        if switch and "=" not in option and following.startswith("--"):
             spelled.append("True")  # --resume is short for --resume=True
     for group in getattr(config_class, "ALTERNATIVES", ()):
         said = [name for name in group if name in names]
         if len(said) > 1:
-            usage_error(f"{place}{' and '.join('--' + n for n in said)} set the same thing; give "
-                        "only one")
+            usage_error(f"{place}--{' and --'.join(said)} set the same thing; give only one")
         if said:
-            defaults = {f.name: f.default for f in dataclasses.fields(config_class)}
-            default = dataclasses.replace(default, **{n: defaults[n] for n in group})
+            default = dataclasses.replace(default, **{n: getattr(config_class, n) for n in group})
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
@@ -101,9 +92,6 @@ def load(config_class, argv=None):
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
     argv = list(sys.argv[1:] if argv is None else argv)
-    if "--version" in argv:
-        print_versions()
-        raise SystemExit(0)
     cfg, given = config_class(), set()
     while argv and not argv[0].startswith("-"):
         path = argv.pop(0)
@@ -121,14 +109,6 @@ def commit():
         return subprocess.run([*command, "--dirty"], capture_output=True, text=True,
                               check=False).stdout.strip()
     return ""
-
-
-def print_versions():
-    """The commit of this checkout and the versions of what it computes with."""
-    print("commit", commit() or "unknown")
-    print(f"python {sys.version.split()[0]}")
-    for package in ("torch", "numpy", "accelerate", "transformers", "tokenizers", "tiktoken"):
-        print(package, metadata.version(package))
 
 
 def changed(cfg):

@@ -9,7 +9,6 @@ The family follows from GPTConfig: learned positions are GPT-2, qk_norm is Qwen3
 
 import copy
 import json
-import re
 import shutil
 import sys
 from dataclasses import dataclass
@@ -43,10 +42,11 @@ import torch
 from torch.nn import functional as F
 
 import prepare
+import sample
 from model import GPT, GPTConfig
-from runtime import UserError, commit_folder, disk_errors, perplexity, print0, run_script
+from runtime import UserError, commit_folder, disk_errors, print0, run_script
 
-HUB_FILES = ["*config.json", "model.safetensors", "model-*.safetensors", "tokenizer.json"]
+HUB_FILES = ["*.json", "model*.safetensors"]
 FAMILIES = {  # model_type: {GPTConfig's name: transformers' name}
     "gpt2": dict(block_size="n_positions", vocab_size="vocab_size", n_layer="n_layer",
                  n_head="n_head", n_embd="n_embd", n_inner="n_inner",
@@ -75,7 +75,6 @@ LLAMA_NAMES = (
     ("mlp.c_proj.", "mlp.down_proj."),
 )
 GPT2_TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # no weights, in old files
 
 # --- names and layouts of the weights --------------------------------------------------------
 
@@ -129,14 +128,6 @@ def fold_embd_norm(model):
     return folded
 
 
-def check_parameters(what, state, wanted):
-    """Raise UserError unless two state dicts have the same names and shapes."""
-    for name in sorted(state.keys() | wanted.keys()):
-        has, needs = (tuple(d[name].shape) if name in d else "no such" for d in (state, wanted))
-        if has != needs:
-            raise UserError(f"{what} is another model or a part of one: {has} {name}, not {needs}")
-
-
 # --- in --------------------------------------------------------------------------------------
 
 
@@ -146,26 +137,25 @@ def local_folder(name):
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import HFValidationError
 
     remedy = f"{name} is no folder here; one with config.json and model.safetensors is enough"
     prepare.require_network(remedy=remedy)
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
-    except (OSError, HFValidationError) as error:  # no such model or name, not allowed, cut off
+    except (OSError, ValueError) as error:  # no such model or name, not allowed, cut off
         raise UserError(f"cannot download {name}: {str(error)[:200]}; {remedy}") from error
 
 
 def load_tokenizer(name):
     """The prepare.Tokenizer that belongs to the weights `name`, a folder or a name on the hub."""
-    folder = local_folder(name)
-    engine = prepare.open_tokenizer_file(folder)
-    return prepare.Tokenizer("tokenizer.json", engine, prepare.find_eot_id(engine, folder))
+    return prepare.open_tokenizer_file(local_folder(name) / "tokenizer.json")
 
 
 def gpt_config(c, dropout=0.0):
     """A configuration of transformers as GPTConfig. Raises UserError where it asks for what this
     model does not compute, ValueError where it is impossible."""
+    if c.model_type not in FAMILIES:
+        raise UserError(f"a {c.model_type} is none of {', '.join(FAMILIES)}")
     asked = vars(c) | (getattr(c, "rope_parameters", None) or {})
     layers = asked.get("layer_types") or []
     asked["layer_types"] = next((kind for kind in layers if kind != "full_attention"), None)
@@ -191,48 +181,30 @@ def check_same_tokenizer(name, tokenizer):
                         f"--tokenizer={local_folder(name)}", 2)
 
 
-def read_folder(folder):
-    """A transformers folder as (its configuration, {name: fp32 tensor}). Raises UserError."""
-    from safetensors.torch import load_file
-    from transformers import AutoConfig
-
-    files = [file for pattern in HUB_FILES[1:3] for file in sorted(folder.glob(pattern))]
-    state = {}
-    try:
-        said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if said["model_type"] not in FAMILIES:
-            raise ValueError(f"a {said['model_type']} is none of {', '.join(FAMILIES)}")
-        if not files:
-            raise ValueError("it has no model.safetensors, and other formats can run code")
-        said |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # not read here
-        config = type(AutoConfig.for_model(said["model_type"])).from_dict(said)
-        for file in files:
-            state |= load_file(file)
-    except Exception as error:  # a stranger's files: transformers has checks of every kind
-        raise UserError(f"cannot load {folder}: {error or type(error).__name__}") from error
-    return config, {k: v.float() for k, v in state.items() if not k.endswith(BUFFERS)}
-
-
 def from_pretrained(name, dropout=0.0):
     """The GPT in a transformers folder, or of that name on the hub: GPT2LMHeadModel,
     LlamaForCausalLM or Qwen3ForCausalLM; fp32, on the CPU, in eval mode. Raises UserError."""
-    hf_config, state = read_folder(local_folder(name))
+    import transformers
+
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()  # what it warns of is an error here
+    folder = local_folder(name)
     try:
+        hf_config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         config = gpt_config(hf_config, dropout)
-    except ValueError as error:
-        raise UserError(f"cannot load {name}: {error}") from error
+        hf, differs = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, config=hf_config, dtype=torch.float32, attn_implementation="eager",
+            use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True)
+    except Exception as error:  # a stranger's files: transformers has checks of every kind
+        raise UserError(f"cannot load {name}: {str(error) or type(error).__name__}") from error
+    for kind, keys in differs.items():
+        if keys:  # the model in `hf` has random weights there
+            raise UserError(f"{name} is another model or a part of one: {kind} {sorted(keys)[:3]}")
     with torch.device("meta"):
         model = GPT(config)
-    wanted = to_hf_names(model.state_dict(), config)
-    embedding = next(iter(wanted))  # transformer.wte.weight or model.embed_tokens.weight
-    prefix, bare = embedding.split(".", 1)
-    if bare in state:  # saved without its head, as the hub's gpt2
-        state = {f"{prefix}.{key}": weight for key, weight in state.items()}
-    if config.tie_weights and embedding in state:
-        head = state.setdefault("lm_head.weight", state[embedding])
-        config.tie_weights = torch.equal(head, state[embedding])  # what the files hold counts
-    check_parameters(name, state, wanted)
-    model.load_state_dict(from_hf_names(state, config), assign=True)
+    model.load_state_dict(from_hf_names(hf.state_dict(), config), assign=True)
+    # what the files hold counts: transformers does not tie a head that differs
+    config.tie_weights = hf.lm_head.weight is hf.get_input_embeddings().weight
     if config.tie_weights:
         model.lm_head.weight = model.transformer.wte.weight
     return model.eval()
@@ -282,8 +254,10 @@ def to_transformers(model, folder=None):
     wanted = hf.state_dict()
     state = {name: torch.zeros_like(v) for name, v in wanted.items() if name.endswith("bias")}
     state |= to_hf_names(model.state_dict(), model.config)
-    check_parameters("this model", state, wanted)
-    hf.load_state_dict(state)
+    try:
+        hf.load_state_dict(state)
+    except RuntimeError as error:  # other names or shapes
+        raise UserError(f"this model is no {type(hf).__name__}: {error}") from error
     training = model.training
     idx = torch.arange(min(7, model.config.block_size))[None] % model.config.vocab_size
     ours = model.eval()(idx.to(model.lm_head.weight.device))[0].float().cpu()
@@ -314,30 +288,20 @@ def hf_engine(tokenizer):
     return converter.converted()
 
 
-def public_name(source):
-    """URLs and hub names without user, password and query; of a path the last part alone."""
-    remote = re.findall(r"hf:\S+|https?://\S+", source)
-    return " ".join(map(prepare.hide_secrets, remote)) or PureWindowsPath(source).name
-
-
 def model_card(model, saved, meta, library):
-    """README.md of an exported model: what it is and the figures of its run."""
-    c = model.config
-    settings = saved.get("train", {})
-    name = public_name(str(settings.get("dataset", "a model")))
-    start = public_name(str(settings.get("init_from", "scratch")))
+    """README.md of an exported model: what it is and the figures of its run. Of a path it has the
+    last part alone: the rest is nobody's business."""
+    run = {"dataset": "a model", "init_from": "scratch"} | saved.get("train", {})
+    paths = (run["dataset"], run["init_from"], meta["source"])
+    name, start, source = (PureWindowsPath(str(path)).name for path in paths)  # splits at / and \
     rows = [
-        f"data set | {name} ({public_name(meta['source'])})",
+        f"data set | {name} ({source})",
         f"tokens | {meta['train_tokens']:,} train, {meta['val_tokens']:,} validation",
-        f"vocabulary | {meta['vocab_size']:,} ({public_name(meta['tokenizer'])})",
-        f"model | {c.n_layer} layers, {c.n_head} heads ({c.n_kv_head} for keys and values), "
-        f"width {c.n_embd}, context {c.block_size}",
         f"parameters | {model.count_parameters():,}",
         f"trained | {saved.get('iter', 0):,} iterations from {start}",
     ]
-    for key in ("train_loss", "val_loss"):
-        if saved.get(key) is not None:
-            rows.append(f"{key} | {saved[key]:.4f}, perplexity {perplexity(saved[key]):.1f}")
+    losses = {key: saved.get(key) for key in ("train_loss", "val_loss")}
+    rows += [f"{key} | {loss:.4f}" for key, loss in losses.items() if loss is not None]
     table = "".join(f"| {row} |\n" for row in rows)
     return (f"---\nlibrary_name: {library}\npipeline_tag: text-generation\n---\n\n# {name}\n\n"
             f"| | |\n|---|---|\n{table}")
@@ -444,14 +408,14 @@ def add_tokenizer(writer, engine, size):
     writer.add_token_merges(merges or ["\u2581 \u2581"])
 
 
-def add_weights(writer, model, dtype):
-    """Write the weights of a GPT into a GGUF in the layouts and types that llama.cpp wants."""
+def add_weights(writer, hf, c, dtype):
+    """Write a transformers model's weights into a GGUF in the layouts and types that llama.cpp
+    wants. c: its GPTConfig."""
     import gguf
 
-    c = model.config
     types = gguf.GGMLQuantizationType
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[writer.arch.upper()], c.n_layer)
-    for key, weight in to_transformers(model).state_dict().items():
+    for key, weight in hf.state_dict().items():
         if key == "lm_head.weight" and c.tie_weights:
             continue
         if writer.arch == "gpt2" and key.endswith(GPT2_TRANSPOSED):
@@ -474,9 +438,9 @@ def write_gguf(folder, model, tokenizer, name, dtype):
         import gguf
     except ModuleNotFoundError:
         raise UserError("--format=gguf needs a package: pip install gguf") from None
-    model = fold_embd_norm(model)
+    hf = to_transformers(model)
     c = model.config
-    writer = gguf.GGUFWriter(folder / "model.gguf", transformers_config(c).model_type)
+    writer = gguf.GGUFWriter(folder / "model.gguf", hf.config.model_type)
     numbers = dict(
         file_type={"f32": 0, "f16": 1, "q8_0": 7}[dtype], quantization_version=2,
         vocab_size=c.vocab_size, context_length=c.block_size, embedding_length=c.n_embd,
@@ -494,7 +458,7 @@ def write_gguf(folder, model, tokenizer, name, dtype):
         getattr(writer, f"add_{key}")(value)
     writer.add_add_bos_token(False)
     add_tokenizer(writer, hf_engine(tokenizer), c.vocab_size)
-    add_weights(writer, model, dtype)
+    add_weights(writer, hf, c, dtype)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -509,8 +473,6 @@ def write_gguf(folder, model, tokenizer, name, dtype):
 def main(cfg):
     """Write a checkpoint, or the one that sample.py would take of a run, into a new folder. It is
     whole or absent. Returns its Path."""
-    import sample
-
     run = Path(cfg.run)
     folder = Path(cfg.folder).resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

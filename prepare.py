@@ -171,10 +171,11 @@ def split_of(checksum, val_fraction):
     return "val" if int(checksum[:12], 16) / 2**48 <= val_fraction else "train"
 
 
-def choose_splits(files, sums, val_fraction):
-    """'train', 'val' or 'both' (its last characters validate) for each of several files. Where
-    documents are few or uneven, a hash could hold out a whole language or none: all are 'both'."""
-    splits = [split_of(checksum, val_fraction) for checksum in sums]
+def choose_splits(files, splits, val_fraction):
+    """`splits`, what the hashes say of each file, or 'both' (its last characters validate) for all
+    where documents are few or uneven: a hash could hold out a whole language or none."""
+    if len(files) == 1:
+        return ["both"]
     val = [path for path, split in zip(files, splits, strict=True) if split == "val"]
     share = sum(p.stat().st_size for p in val) / sum(p.stat().st_size for p in files)
     if len(files) >= 20 and val_fraction / 2 <= share <= min(2 * val_fraction, 0.99):
@@ -280,8 +281,7 @@ class Tokenizer:
         return [np.array(row.ids, dtype=np.uint32) for row in rows]
 
     def encode(self, text):
-        """str -> list of token ids. Bytes of a command line that are no UTF-8 become U+FFFD."""
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        """str -> list of token ids."""
         return self.encode_batch([text])[0].tolist()
 
     def decode(self, ids):
@@ -319,35 +319,27 @@ def load_tokenizer(folder):
     if not meta["tokenizer"].endswith(".json"):
         return open_tiktoken(meta["tokenizer"])
     path = shard_folders(folder)[0] / "tokenizer.json"  # a stranger's name may lead elsewhere
-    tokenizer = Tokenizer(path.name, open_tokenizer_file(path), meta["eot_id"])
+    tokenizer = open_tokenizer_file(path, meta["eot_id"])
     same = meta["tokenizer_sha256"] in (None, sha256(path))
     if tokenizer.vocab_size != meta["vocab_size"] or not same:
         raise UserError(f"{path} is not the tokenizer that meta.json names; prepare the data again")
     return tokenizer
 
 
-def open_tokenizer_file(path):
-    """The Hugging Face tokenizer in a tokenizer.json, or in the folder that holds one."""
-    path = Path(path, "tokenizer.json") if Path(path).is_dir() else Path(path)
+def open_tokenizer_file(path, eot_id=None):
+    """The Tokenizer of a tokenizer.json; eot_id None: of the end-of-text token that the
+    tokenizer_config.json beside it names, or else of the first of ENDS."""
+    path = Path(path)
     try:
-        return HFTokenizer.from_file(str(path))
+        engine = HFTokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises nothing more precise
         raise UserError(f"tokenizer file {path} cannot be read: {first_line(error)}") from None
-
-
-def find_eot_id(engine, folder):
-    """The end-of-text id that a transformers model's folder names in its configuration, or None.
-    engine: the folder's Hugging Face tokenizer."""
-    for name in ("tokenizer_config.json", "generation_config.json", "config.json"):
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # not there, or nothing said
-            config = json.loads(Path(folder, name).read_text(encoding="utf-8"))
-            token = config.get("eos_token", config.get("eos_token_id"))
-            token = token.get("content") if isinstance(token, dict) else token
-            token = token[0] if isinstance(token, list) and token else token  # several: Llama 3
-            token = engine.token_to_id(token) if isinstance(token, str) else token
-            if token in engine.get_vocab().values():
-                return token
-    return None
+    if eot_id is None:
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # not there, not said
+            said = json.loads(path.with_name("tokenizer_config.json").read_text(encoding="utf-8"))
+            token = said["eos_token"]
+            eot_id = engine.token_to_id(token["content"] if isinstance(token, dict) else token)
+    return Tokenizer("tokenizer.json", engine, eot_id)
 
 
 def open_tiktoken(name):
@@ -372,16 +364,9 @@ def make_tokenizer(name, pieces, n_bytes=None, vocab_size=None):
     """The Tokenizer `name` of Config: 'bpe' and 'char' are made from the text, others loaded.
     pieces: returns an iterator over (split, text, ends a document). n_bytes: the text's size."""
     if name.endswith(".json"):
-        engine = open_tokenizer_file(name)
-        return Tokenizer("tokenizer.json", engine, find_eot_id(engine, Path(name).parent))
+        return open_tokenizer_file(name)
     if name not in ("bpe", "char"):
         return open_tiktoken(name)
-    engine = train_tokenizer(name, pieces, n_bytes, vocab_size)
-    return Tokenizer("tokenizer.json", engine, made_here=True)
-
-
-def train_tokenizer(name, pieces, n_bytes, vocab_size):
-    """A tokenizers.Tokenizer made from the text: 'char' or 'bpe'; see make_tokenizer."""
     if name == "char":
         characters = sorted(set().union(*(text for _, text, _ in pieces())))
         vocabulary = {c: i for i, c in enumerate([*characters, END_OF_TEXT])}
@@ -389,7 +374,7 @@ def train_tokenizer(name, pieces, n_bytes, vocab_size):
         engine.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
         engine.decoder = decoders.Fuse()
         engine.add_special_tokens([END_OF_TEXT])
-        return engine
+        return Tokenizer("tokenizer.json", engine, made_here=True)
     engine = HFTokenizer(models.BPE())
     cut = pre_tokenizers.Split(Regex(LONG_RUN), "isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -402,7 +387,7 @@ def train_tokenizer(name, pieces, n_bytes, vocab_size):
     stop = None if n_bytes else SAMPLE // PIECE * 16
     sample = itertools.islice(pieces(), 0, stop, (n_bytes or 0) // SAMPLE + 1)
     engine.train_from_iterator((text for _, text, _ in sample), trainer)
-    return engine
+    return Tokenizer("tokenizer.json", engine, made_here=True)
 
 
 # --- tokens -> files -------------------------------------------------------------------------
@@ -538,8 +523,7 @@ def open_split(folder, split):
         expected = read_meta(part)[f"{split}_tokens"]
         try:  # no memory map is empty
             array = np.load(part / f"{split}.npy", mmap_mode="r" if expected else None)
-            whole = array.dtype.kind in "ui" and array.dtype.isnative and array.shape == (expected,)
-            if not whole or array.dtype.kind == "i" and array.min(initial=0) < 0:
+            if array.dtype not in (np.uint16, np.uint32) or array.shape != (expected,):
                 raise ValueError(f"{array.dtype} {array.shape} is not {expected} token ids")
         except Exception as error:  # a stranger's file: numpy raises anything
             raise UserError(f"{part / split}.npy is damaged ({first_line(error)}); delete {part} "
@@ -574,9 +558,8 @@ def resolve(cfg):
     if tokenizer not in named and Path(tokenizer).is_dir():
         tokenizer += "/tokenizer.json"
     size = cfg.vocab_size
-    i, n = 0, 0
-    if re.fullmatch(r"\d{1,3}/\d{1,3}", cfg.shard or "0/1"):
-        i, n = map(int, (cfg.shard or "0/1").split("/"))
+    shard = re.fullmatch(r"(\d{1,3})/(\d{1,3})", cfg.shard or "0/1")
+    i, n = map(int, shard.groups()) if shard else (0, 0)
     for holds, message in (
         (re.fullmatch(r"\w[\w.-]{0,99}", dataset) and ".." not in dataset,
          f"--dataset {dataset!r} must be one plain folder name, such as mine"),
@@ -630,28 +613,22 @@ def open_sources(cfg, folder, i, n):
     document), size in bytes, SHA-256), the last two None for a hub data set."""
     if cfg.source[0].startswith("hf:"):
         return partial(read_hub, cfg.source[0], cfg.val_fraction, i, n), None, None
-    found = source_files(cfg.source, folder)
-    files = [path for path in found if path.stat().st_size]
+    files = [path for path in source_files(cfg.source, folder) if path.stat().st_size]
     sources = " ".join(map(hide_secrets, cfg.source))
     if not files:
         raise UserError(f"--source {sources} is empty: there is nothing to tokenize")
     if cfg.shard and len(files) < max(n, 2):
         raise UserError(f"--shard {cfg.shard} needs {max(n, 2)} documents, {sources} has "
                         f"{len(files)}")
-    empty = len(found) - len(files)
     one_text = len(files) == 1
     files = files[i::n]
     size = sum(path.stat().st_size for path in files)
-    left_out = f"; {empty} empty one(s) left out" if empty else ""
-    print0(f"reading {len(files):,} file(s), {size:,} bytes, from {sources}{left_out}")
+    print0(f"reading {len(files):,} file(s), {size:,} bytes, from {sources}")
     sums = [sha256(path) for path in files]
     digest = sums[0] if one_text else hashlib.sha256("".join(sums).encode()).hexdigest()
-    if one_text:
-        splits = ["both"]
-    elif cfg.shard:  # it does not see the others' documents: the hash alone decides
-        splits = [split_of(checksum, cfg.val_fraction) for checksum in sums]
-    else:
-        splits = choose_splits(files, sums, cfg.val_fraction)
+    splits = [split_of(checksum, cfg.val_fraction) for checksum in sums]
+    if not cfg.shard:  # which does not see the others' documents
+        splits = choose_splits(files, splits, cfg.val_fraction)
     return partial(read_files, files, splits, cfg.val_fraction, one_text), size, digest
 
 

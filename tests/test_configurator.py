@@ -168,14 +168,13 @@ def test_last_said_wins_and_given_knows_it(config_file):
     assert (again.count, again.passes) == (None, 2.5)
 
 
-def test_help_and_version(capsys):
-    """Would catch a help without the comments beside the fields, and a version without commit."""
-    for word, expected in (("--help", ["One field of each kind.", "a fraction (default: 0.5)"]),
-                           ("--version", ["commit ", "python 3.", "torch ", "tokenizers "])):
-        with pytest.raises(SystemExit) as stop:
-            load("--flag", word)
-        out = capsys.readouterr().out
-        assert not stop.value.code and all(text in out for text in expected)
+def test_help(capsys):
+    """Would catch a help without the comments beside the fields."""
+    with pytest.raises(SystemExit) as stop:
+        load("--flag", "--help")
+    out = capsys.readouterr().out
+    assert not stop.value.code
+    assert "One field of each kind." in out and "a fraction (default: 0.5)" in out
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -216,7 +216,7 @@ def test_what_this_model_cannot_compute_is_refused(tmp_path, fails, kind, field,
         del said["rope_parameters"]
     file.write_text(json.dumps(said))
     word = {"rope_parameters": "linear", "rope_scaling": "dynamic", "model_type": "mistral",
-            "n_layer": "h.1.", "num_hidden_layers": "layers.3", "intermediate_size": "(20, 22)",
+            "n_layer": "h.1.", "num_hidden_layers": "layers.3", "intermediate_size": "[20, 22]",
             "num_key_value_heads": "multiple", "use_sliding_window": "sliding"}.get(field, field)
     fails(1, lambda: from_pretrained(str(tmp_path)), word)
 
@@ -228,7 +228,7 @@ def test_folders_that_are_no_model(tmp_path, fails, monkeypatch):
     fails(1, lambda: from_pretrained(str(tmp_path / "no")), "is no folder here")
     twin("qwen3").save_pretrained(tmp_path / "part", max_shard_size="5KB")
     sorted((tmp_path / "part").glob("model-*"))[1].unlink()
-    fails(1, lambda: from_pretrained(str(tmp_path / "part")), "part", "model.", "no such")
+    fails(1, lambda: from_pretrained(str(tmp_path / "part")), "cannot load", "part")
     twin("qwen3").save_pretrained(tmp_path / "more")
     said = json.loads((tmp_path / "more" / "config.json").read_text())
     (tmp_path / "more" / "config.json").write_text(json.dumps(said | {"model_type": "llama"}))
@@ -292,7 +292,7 @@ def test_a_changed_model_is_refused(fails, monkeypatch):
         fails(1, lambda g=gpt: to_transformers(g), "this model", "scale")
         gpt = randomize(GPT(config))
         del gpt.transformer.h[1].ln_2.weight
-        fails(1, lambda g=gpt: to_transformers(g), "this model", "no such")
+        fails(1, lambda g=gpt: to_transformers(g), "this model", "ln_2")
         gpt = randomize(GPT(config)).train()
         monkeypatch.setattr(gpt.transformer.h[0].mlp.c_proj, "forward", lambda x: x[..., :1] ** 2)
         fails(1, lambda g=gpt: to_transformers(g), "logits", "apart")
@@ -414,9 +414,6 @@ def test_model_card(exported):
     for figure in ("1,234", "1.25", "2.5", "98,765", "mine", "book.txt", "library_name", "base"):
         assert figure in card
     assert f"{ours.count_parameters():,}" in card and "somebody" not in card
-    for source, name in (("https://me:pw@host.org:81/a/b.txt?token=1#x", "https://host.org:81/a/b.txt"),
-                         ("C:\\Users\\me\\b.txt", "b.txt"), ("hf:a/b:c", "hf:a/b:c"), ("x", "x")):
-        assert convert.public_name(source) == name
 
 
 def check_tiktoken_export(source, folder):

@@ -162,12 +162,11 @@ def test_round_trip(bpe, text):
 
 def test_ids_of_no_token(bpe, monkeypatch):
     """A head padded to 50,304 draws ids past the vocabulary, and some vocabularies have gaps: that
-    was a KeyError in the middle of a run. A prompt that is no UTF-8 was a TypeError."""
+    was a KeyError in the middle of a run."""
     byte_level(monkeypatch)
     for tokenizer in (bpe, prepare.open_tiktoken("gpt2")):
         odd = [*tokenizer.encode("ağ"), 256 if tokenizer.tiktoken else 300, 999_999]
         assert tokenizer.decode(np.array(odd)) == "ağ"
-        assert tokenizer.decode(tokenizer.encode("a\udcff\ud800")) == "a\ufffd\ufffd"
 
 
 @pytest.mark.parametrize("characters, dtype", [(65_535, "uint16"), (65_536, "uint32")])
@@ -299,7 +298,7 @@ def test_documents_go_whole_to_one_split(make, documents, small_pieces, capsys):
     assert texts["train"] == [t for t in wanted if t in texts["train"]], "out of order"
     out = capsys.readouterr().out
     assert f"{len(texts['val'])} of 61 documents validate" in out and "left out 1 .csv" in out
-    assert "reading 61 file(s)" in out and "1 empty" in out
+    assert "reading 61 file(s)" in out
     n_bytes = {split: sum(len(t.encode()) for t in texts[split]) for split in SPLITS}
     assert 0.05 <= n_bytes["val"] / sum(n_bytes.values()) <= 0.2
 
@@ -740,8 +739,6 @@ def test_damaged_tokens(make, text_file, fails):
         fails(1, lambda: prepare.open_split(folder, "train"), "train.npy is damaged", "again")
         fails(1, lambda: make(text_file), "train.npy is damaged")
         (folder / "train.npy").touch()
-    (folder / "train.npy").write_bytes(npy(np.zeros(n, np.int64)))
-    assert prepare.open_split(folder, "train").dtype == np.int64
 
 
 def test_tokenizer_of_another_data_set(make, text_file, tmp_path, fails):
@@ -792,20 +789,16 @@ def test_tokenizer_file(make, text_file, bpe, tmp_path):
 @pytest.mark.parametrize("name, config, token", [
     ("tokenizer_config.json", {"eos_token": "ə"}, "ə"),
     ("tokenizer_config.json", {"eos_token": {"content": "ü"}}, "ü"),
-    ("generation_config.json", {"eos_token_id": [7, 9]}, 7),
-    ("config.json", {"eos_token_id": 8}, 8), ("config.json", {"eos_token_id": 10**9}, None),
-    ("config.json", {"eos_token_id": [[]]}, None), ("config.json", [], None),
+    ("tokenizer_config.json", {"eos_token": "no such"}, None), ("tokenizer_config.json", [], None),
     ("tokenizer_config.json", {"eos_token": None}, None), ("other.json", {}, None)])
 def test_folder_of_a_transformers_model(make, text_file, tmp_path, name, config, token):
     """Its own end-of-text token ends documents, whatever else the vocabulary holds."""
     (tmp_path / "model").mkdir()
     folder = make(text_file, "char")
-    engine = prepare.open_tokenizer_file(folder)
+    engine = prepare.load_tokenizer(folder).engine
     engine.save(str(tmp_path / "model/tokenizer.json"))
     (tmp_path / "model" / name).write_text(json.dumps(config))
-    expected = token
-    if not isinstance(token, int):
-        expected = engine.token_to_id(token or prepare.END_OF_TEXT)
+    expected = engine.token_to_id(token or prepare.END_OF_TEXT)
     for tokenizer in ("model", "model/tokenizer.json"):
         folder = make(text_file, tokenizer=str(tmp_path / tokenizer))
         assert prepare.load_tokenizer(folder).eot_id == expected
