@@ -761,19 +761,18 @@ def main(cfg):
     runtime.save_plain_names(accelerator)
     if cfg.predict:
         return print_predictions(cfg, accelerator)
-    with contextlib.ExitStack() as held:
+    if not cfg.eval_only:
+        check_folder(cfg)
+    with runtime.hold_run(accelerator, cfg.out_dir) as stop:
         if not cfg.eval_only:
-            check_folder(cfg)
-        if accelerator.is_main_process:
-            held.callback(runtime.lock_folder(cfg.out_dir).release)
-        if not cfg.eval_only:
-            return run(cfg, accelerator, held)
+            return run(cfg, accelerator, stop)
+        stop.release()  # there is nothing to save: Ctrl-C ends it at once
         data, labels = load_pairs(cfg)
         return report(cfg, accelerator, data, labels, finetuned_model(cfg), "eval-")
 
 
-def run(cfg, accelerator, held):
-    """Train with one seed or several, in a folder that is locked. held: an ExitStack."""
+def run(cfg, accelerator, stop):
+    """Train with one seed or several, in a folder that is locked. stop: a StopSignal."""
     out_dir = Path(cfg.out_dir)
     several = cfg.seeds or (cfg.resume and any(out_dir.glob("seed-*")))
     if several and (out_dir / "log.csv").exists():
@@ -790,8 +789,6 @@ def run(cfg, accelerator, held):
     print0("configuration:", ", ".join(f"{k}={v!r}" for k, v in changed(cfg).items()) or "defaults")
     data, labels = load_pairs(cfg)
     command = runtime.resume_command("finetune_mrpc.py", out_dir)
-    stop = runtime.StopSignal()
-    held.callback(stop.release)
     if seeds:
         return train_seeds(cfg, accelerator, data, labels, stop, seeds, command)
     return train(cfg, accelerator, data, labels, stop, (folder, saved), command)

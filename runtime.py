@@ -299,6 +299,19 @@ def lock_folder(folder):
 
 
 @contextlib.contextmanager
+def hold_run(accelerator, out_dir):
+    """Hold the run folder and catch signals for as long as the block lasts. Yields a StopSignal."""
+    lock = lock_folder(out_dir) if accelerator.is_main_process else None
+    stop = StopSignal()
+    try:
+        yield stop
+    finally:
+        stop.release()
+        if lock:
+            lock.release()
+
+
+@contextlib.contextmanager
 def disk_errors(folder):
     """Turn a failure to write below `folder` into a UserError and remove unfinished files.
 

@@ -329,14 +329,8 @@ def main(cfg):
     runtime.save_plain_names(accelerator)
     if cfg.dry_run:
         return train(cfg, accelerator, out_dir, None)
-    lock = runtime.lock_folder(out_dir) if accelerator.is_main_process else None
-    stop = runtime.StopSignal()
-    try:
+    with runtime.hold_run(accelerator, out_dir) as stop:
         return train(cfg, accelerator, out_dir, stop)
-    finally:
-        stop.release()
-        if lock:
-            lock.release()
 
 
 # ---------------------------------------------------------------------------------------------

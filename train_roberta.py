@@ -707,14 +707,8 @@ def main(cfg):
     cfg = replace(cfg, source=prepare.hide_secrets(cfg.source))  # it is printed and saved
     if not lines:
         raise UserError(f"--source {cfg.source}: every line is blank")
-    lock = runtime.lock_folder(cfg.out_dir) if accelerator.is_main_process else None
-    stop = runtime.StopSignal()
-    try:
+    with runtime.hold_run(accelerator, cfg.out_dir) as stop:
         return train(cfg, accelerator, lines, stop, start, saved)
-    finally:
-        stop.release()
-        if lock:
-            lock.release()
 
 
 if __name__ == "__main__":
