@@ -610,10 +610,7 @@ def train(cfg, accelerator, data, labels, stop, start, command):
         if state["best_f1"] < 0:
             runtime.save_checkpoint(accelerator, out_dir / "best", write)
     print0("time:", log.close())
-    if accelerator.is_main_process:
-        with runtime.disk_errors(out_dir):
-            runtime.plot_log(out_dir / "log.csv", out_dir / "loss.png", str(out_dir), METRICS[:2],
-                             "pair", state["resumed"])
+    log.plot(METRICS[:2], "pair", state["resumed"])
     return report(cfg, accelerator, data, labels, str(out_dir / "best"), seed=cfg.seed,
                   last=state["metrics"], minutes=(time.perf_counter() - began) / 60)
 

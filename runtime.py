@@ -592,19 +592,14 @@ class RunLog:
         self.bar = tqdm(total=total, initial=done, unit="it", disable=not (first and visible))
         if not first:
             return
-        path = Path(out_dir) / "log.csv"
-        kept = []
+        self.folder, path = Path(out_dir), Path(out_dir) / "log.csv"
         with disk_errors(out_dir):
-            if path.exists():
-                with open(path, newline="", encoding="utf-8", errors="replace") as f:
-                    kept = [row for row in csv.reader(f)
-                            if row and row[0].isdigit() and int(row[0]) <= done]
-            aside = path.with_name(".tmp-log.csv")
-            with open(aside, "w", newline="", encoding="utf-8") as f:
-                csv.writer(f, lineterminator="\n").writerows([columns, *kept])
-            aside.replace(path)
+            old = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+            kept = [line for line in old.splitlines()
+                    if re.match(r"\d{1,15},", line) and int(line.split(",")[0]) <= done]
+            write_text(path, "\n".join([",".join(columns), *kept, ""]))
             self.file = open(path, "a", newline="", encoding="utf-8", buffering=1)
-        self.folder, self.writer = out_dir, csv.DictWriter(self.file, columns, lineterminator="\n")
+        self.writer = csv.DictWriter(self.file, columns, lineterminator="\n")
 
     def print(self, text):
         """A line for the reader, above the bar."""
@@ -634,6 +629,12 @@ class RunLog:
                        f"{clock_text(elapsed)} elapsed, {clock_text(left)} left")
         elif text:
             self.bar.set_postfix_str(text)
+
+    def plot(self, lower=("lr",), unit="token", resumed=()):
+        """Draw log.csv into loss.png; the arguments are those of plot_log."""
+        if self.first:
+            with disk_errors(self.folder):
+                plot_log(self.folder, lower, unit, resumed)
 
     def close(self):
         """Close bar and file; returns the time of each stage in words."""
@@ -667,14 +668,16 @@ def log_curve(rows, name):
     return [x for x, _ in points], [y for _, y in points]
 
 
-def plot_log(log_path, png_path, title, lower=("lr",), unit="token", resumed=()):
-    """Draw the losses of a log.csv against iterations and, below them, the columns `lower`.
+def plot_log(out_dir, lower=("lr",), unit="token", resumed=()):
+    """Draw the losses in out_dir/log.csv against iterations and, below them, the columns `lower`,
+    into out_dir/loss.png.
 
     unit: what the loss is a mean over. resumed: iterations at which the run was resumed.
     """
     from matplotlib.figure import Figure  # the Figure class alone: no display, no global state
 
-    rows = read_log(log_path)
+    out_dir = Path(out_dir)
+    rows = read_log(out_dir / "log.csv")
     figure = Figure(figsize=(8, 7), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1.2])
     top.plot(*log_curve(rows, "loss"), color="tab:blue", alpha=0.35, label="each logged iteration")
@@ -692,7 +695,7 @@ def plot_log(log_path, png_path, title, lower=("lr",), unit="token", resumed=())
             axes.axvline(iteration, color="gray", linestyle=":",
                          label="resumed" if axes is top and iteration == resumed[0] else None)
         axes.grid(alpha=0.3)
-    top.set(title=title.replace("$", r"\$"), ylabel=f"loss (nats per {unit})")
+    top.set(title=str(out_dir).replace("$", r"\$"), ylabel=f"loss (nats per {unit})")
     top.legend()
     bottom.yaxis.set_major_formatter("{x:g}")  # no offset such as 1e-5 above the axis
     bottom.set(ylabel="learning rate" if lower == ("lr",) else "", xlabel="iteration")
@@ -704,6 +707,5 @@ def plot_log(log_path, png_path, title, lower=("lr",), unit="token", resumed=())
         tokens = top.secondary_xaxis("top", functions=scale)
         tokens.set_xlabel("tokens")
         tokens.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    aside = Path(png_path).with_name(f".tmp-{Path(png_path).name}")
-    figure.savefig(aside, dpi=110, format="png")
-    aside.replace(png_path)
+    figure.savefig(out_dir / ".tmp-loss.png", dpi=110)
+    (out_dir / ".tmp-loss.png").replace(out_dir / "loss.png")

@@ -261,10 +261,7 @@ def train(cfg, accelerator, out_dir, stop):
                 folder = out_dir / f"checkpoint-{it:06d}"
                 runtime.save_checkpoint(accelerator, folder, write, cfg.keep_checkpoints)
                 stop.saved_at = time.monotonic()
-                if accelerator.is_main_process:
-                    with disk_errors(out_dir):
-                        runtime.plot_log(out_dir / "log.csv", out_dir / "loss.png", str(out_dir),
-                                         resumed=info["resumed"])
+                log.plot(resumed=info["resumed"])
         if last or signum:
             break
 

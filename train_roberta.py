@@ -399,8 +399,8 @@ class RunCallback(transformers.TrainerCallback):
             lr_scheduler.base_lrs = self.rates
             lr_scheduler.last_epoch -= 1
             lr_scheduler.step()
-        self.folder, first = Path(args.output_dir), state.is_world_process_zero
-        self.log = runtime.RunLog(self.folder, self.last, self.done, first,
+        first = state.is_world_process_zero
+        self.log = runtime.RunLog(args.output_dir, self.last, self.done, first,
                                   [*runtime.LOG_COLUMNS, "val_accuracy"])
         self.tokens, self.updating = state.num_input_tokens_seen, 0.0  # at, and since, the last row
         self.clock = time.perf_counter()
@@ -456,10 +456,7 @@ class RunCallback(transformers.TrainerCallback):
         self.log.write(self.row | {"val_loss": loss, "val_accuracy": accuracy})
         self.log.print(f"iteration {state.global_step:,}: val loss {loss:.4f}, perplexity "
                        f"{runtime.perplexity(loss):.2f}, masked accuracy {accuracy:.1%}")
-        if state.is_world_process_zero:
-            with disk_errors(self.folder):
-                runtime.plot_log(self.folder / "log.csv", self.folder / "loss.png",
-                                 self.folder.name, unit="masked token", resumed=self.resumed)
+        self.log.plot(unit="masked token", resumed=self.resumed)
         self.lap("evaluation")
 
     def on_save(self, args, state, control, **kwargs):

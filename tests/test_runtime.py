@@ -357,8 +357,8 @@ def test_log_drops_what_a_resumed_run_makes_again(tmp_path, capsys):
         (i, 0.5 * i, None) for i in range(7)]
     out = capsys.readouterr().out
     assert "iteration 6/9: loss 3.000" in out and "elapsed" in out and "left" in out
-    runtime.plot_log(tmp_path / "log.csv", tmp_path / "x.png", "title", resumed=[5])
-    assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
+    log.plot(resumed=[5])
+    assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
     assert b"\r" not in (tmp_path / "log.csv").read_bytes()
 
 
