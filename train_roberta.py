@@ -553,12 +553,8 @@ def find_start(cfg):
     settings = saved | {"tokenizer": None}  # the checkpoint has its own
     if "max_epochs" in runtime.given_names(cfg):
         settings["max_iters"] = 0  # the old end is not meant then
-    try:
-        cfg = runtime.resume_settings(cfg, settings)
-        check(cfg)
-        saved |= {"resumed": [*saved.get("resumed", [])], "seconds": saved.get("seconds", 0) + 0.0}
-    except TypeError as error:
-        raise UserError(f"{start}/run.json is none of this script's: {error}") from error
+    cfg = runtime.resume_settings(cfg, settings)
+    check(cfg)
     return cfg, start, saved
 
 
@@ -587,15 +583,6 @@ def export(checkpoint, out_dir):
             if (checkpoint / name).exists():
                 shutil.copyfile(checkpoint / name, out_dir / f".tmp-{name}")
                 (out_dir / f".tmp-{name}").replace(out_dir / name)
-
-
-def load_weights(model, start):
-    """Load a checkpoint's weights; of missing ones the Trainer only warns. Raises UserError."""
-    try:
-        load_model(model, start / "model.safetensors")
-    except Exception as error:  # right checksums say nothing of the contents
-        raise UserError(f"{start} cannot be loaded: {first_line(error)[:150]}; start a new "
-                        "--out_dir") from error
 
 
 def train(cfg, accelerator, lines, stop, start, saved):
@@ -659,8 +646,6 @@ def train(cfg, accelerator, lines, stop, start, saved):
         optimizers=(optimizer, None), data_collator=partial(collate, pad_id=tokenizer.pad_token_id),
         preprocess_logits_for_metrics=example_statistics, compute_metrics=compute_metrics)
     trainer.remove_callback(transformers.PrinterCallback)
-    if start:
-        load_weights(model, start)
     if first:
         with disk_errors(out_dir):
             if cfg.overwrite:
@@ -668,6 +653,8 @@ def train(cfg, accelerator, lines, stop, start, saved):
             runtime.write_text(out_dir / "run.json", json.dumps(run, indent=2) + "\n")
     accelerator.wait_for_everyone()
     try:
+        if start:  # of missing weights the Trainer only warns
+            load_model(model, start / "model.safetensors")
         trainer.train(resume_from_checkpoint=start and str(start))
     except Exception as error:  # while it loads: right checksums say nothing of the contents
         if callback.begun or not start:
