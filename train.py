@@ -157,7 +157,8 @@ def train(cfg, accelerator, out_dir, stop):
 
     # -- optimizers ----------------------------------------------------------------------------
     if cfg.dry_run:
-        return dry_run(cfg, model, data, *measure(), rows)
+        announce(cfg, asked, accelerator, model, data, rows)
+        return dry_run(cfg, model, *measure())
     it = int(checkpoint.name[11:]) if checkpoint else 0
     if it > cfg.max_iters:
         raise UserError(f"{checkpoint} has done {it} iterations, more than the {cfg.max_iters} "
@@ -725,7 +726,6 @@ def measure_updates(model, data, cfg, accelerator, rows):
     model, *optimizers = accelerator.prepare(model, *optimizers)
     if cfg.compile:
         accelerator.unwrap_model(model).compile()
-    runtime.set_learning_rate(optimizers, 1e-9)
     times = []
     n = count_windows(data["train"], cfg.block_size)
     for iteration in range(3):
@@ -742,17 +742,13 @@ def measure_updates(model, data, cfg, accelerator, rows):
     return accelerator.gather(seconds).max().item(), memory
 
 
-def dry_run(cfg, model, data, seconds, memory, rows):
+def dry_run(cfg, model, seconds, memory):
     """Print what the run would cost, from a few measured updates. Nothing is written."""
-    tokens = rows * cfg.block_size * cfg.max_iters
     N = model.count_parameters()
     hidden = sum(p.numel() for p in model.transformer.h.parameters() if p.dim() >= 2)
     checkpoint = 12 * N - (4 * hidden if cfg.optimizer == "muon" else 0)  # Muon keeps one moment
     disk = (cfg.keep_checkpoints + 1) * checkpoint + 4 * N  # one is written before one is deleted
     print0(f"dry run, nothing is written\n"
-           f"parameters   {N:,}\n"
-           f"tokens       {tokens:,} in {cfg.max_iters:,} iterations, "
-           f"{tokens / len(data['train']):.2f} epochs\n"
            f"time         {seconds * cfg.max_iters / 3600:.2f} hours, {seconds:.2f} s an "
            "iteration, evaluations left out\n"
            f"memory       {memory / 1e9:.2f} GB: the whole process, or a GPU's peak\n"
