@@ -755,7 +755,6 @@ def main(cfg):
     transformers.utils.logging.set_verbosity_error()  # what it warns of is said here in a line
     transformers.utils.logging.disable_progress_bar()
     accelerator = runtime.make_accelerator(cfg.mixed_precision)
-    runtime.save_plain_names(accelerator)
     if cfg.predict:
         return print_predictions(cfg, accelerator)
     if not cfg.eval_only:

@@ -155,6 +155,7 @@ def make_accelerator(mixed_precision, **kwargs):
     if int(world or 1) != accelerator.num_processes:
         raise UserError(f"WORLD_SIZE is {world} but accelerate sees {accelerator.num_processes} "
                         f"process(es); start with: torchrun --nproc_per_node {world} {sys.argv[0]}")
+    save_plain_names(accelerator)
     return accelerator
 
 

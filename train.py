@@ -324,7 +324,6 @@ def main(cfg):
     out_dir = Path(cfg.out_dir or f"out/{cfg.dataset}")
     accelerator = runtime.make_accelerator(cfg.mixed_precision, log_with=tracker,
                                            project_dir=out_dir)
-    runtime.save_plain_names(accelerator)
     if cfg.dry_run:
         return train(cfg, accelerator, out_dir, None)
     with runtime.hold_run(accelerator, out_dir) as stop:
