@@ -469,10 +469,10 @@ def forward_backward(cfg, accelerator, model, collate, pairs, iteration):
     return total
 
 
-def train(cfg, accelerator, data, labels, stop, start, command):
+def train(cfg, accelerator, data, labels, stop, start):
     """One run with one seed, from beginning to end. Returns what results.json says.
 
-    start: (checkpoint folder, its run.json) or (None, {}); command: what resumes the run.
+    start: (checkpoint folder, its run.json) or (None, {}).
     """
     # ---- model and pairs
     out_dir = Path(cfg.out_dir)
@@ -602,7 +602,7 @@ def train(cfg, accelerator, data, labels, stop, start, command):
             stop.saved_at = time.monotonic()
         if signum:
             log.close()
-            stop.exit(signum, out_dir, command)
+            stop.exit(signum, out_dir)
 
     # ---- the best epoch, by F1 on the validation pairs
     if end % per_epoch:  # no checkpoint knows of this: one that resumes ends as if never stopped
@@ -641,7 +641,7 @@ def check_progress(folder, state, end, total):
     state["total"] = total
 
 
-def train_seeds(cfg, accelerator, data, labels, stop, seeds, command):
+def train_seeds(cfg, accelerator, data, labels, stop, seeds):
     """A run for each seed, in out_dir/seed-N; out_dir gets the means and the best run's files."""
     out_dir = Path(cfg.out_dir)
     jobs = []
@@ -658,7 +658,7 @@ def train_seeds(cfg, accelerator, data, labels, stop, seeds, command):
     for one, start in jobs:
         print0(f"\nseed {one.seed}, in {one.out_dir}")
         Path(one.out_dir).mkdir(exist_ok=True)
-        runs.append(train(one, accelerator, data, labels, stop, start, command))
+        runs.append(train(one, accelerator, data, labels, stop, start))
     figures = pandas.json_normalize(runs).drop(columns="seed").select_dtypes("number")
     mean, deviation = figures.mean(), figures.std()
     results = {"seeds": seeds, **mean, **deviation.add_suffix("_std"), "n": runs[0]["n"],
@@ -759,7 +759,7 @@ def main(cfg):
         return print_predictions(cfg, accelerator)
     if not cfg.eval_only:
         check_folder(cfg)
-    with runtime.hold_run(accelerator, cfg.out_dir) as stop:
+    with runtime.hold_run(accelerator, "finetune_mrpc.py", cfg.out_dir) as stop:
         if not cfg.eval_only:
             return run(cfg, accelerator, stop)
         stop.release()  # there is nothing to save: Ctrl-C ends it at once
@@ -784,10 +784,9 @@ def run(cfg, accelerator, stop):
     seeds = check_config(cfg)
     print0("configuration:", ", ".join(f"{k}={v!r}" for k, v in changed(cfg).items()) or "defaults")
     data, labels = load_pairs(cfg)
-    command = runtime.resume_command("finetune_mrpc.py", out_dir)
     if seeds:
-        return train_seeds(cfg, accelerator, data, labels, stop, seeds, command)
-    return train(cfg, accelerator, data, labels, stop, (folder, saved), command)
+        return train_seeds(cfg, accelerator, data, labels, stop, seeds)
+    return train(cfg, accelerator, data, labels, stop, (folder, saved))
 
 
 if __name__ == "__main__":

@@ -223,11 +223,12 @@ class BadUpdates:
 class StopSignal:
     """Turns the first SIGINT or SIGTERM into a flag, so that the current update can finish.
 
-    `signum` is 0 until then. A second signal kills at once.
+    `signum` is 0 until then. A second signal kills at once. command: what continues the run.
     """
 
-    def __init__(self):
-        self.signum, self.before, self.saved_at = 0, {}, time.monotonic()
+    def __init__(self, command=""):
+        self.command, self.signum, self.saved_at = command, 0, time.monotonic()
+        self.before = {}
         with contextlib.suppress(ValueError):  # not in the main thread: nothing to catch
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.before[number] = signal.signal(number, self._catch)
@@ -259,18 +260,12 @@ class StopSignal:
         signum, late = everyone[:, -2:].max(0).values.tolist()
         return means, int(signum), bool(late)
 
-    def exit(self, signum, out_dir, command):
+    def exit(self, signum, out_dir):
         """End the program as the signal would have, after naming the command that continues."""
-        print0(f"saved in {out_dir}; to continue: {command}")
+        print0(f"saved in {out_dir}; to continue: {self.command}")
         if signum == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + signum)
-
-
-def resume_command(script, out_dir):
-    """The command that continues the run in out_dir."""
-    path = sys.argv[0] if Path(sys.argv[0]).name == script else script  # a notebook's is another
-    return f"python {shlex.quote(path)} --out_dir={shlex.quote(str(out_dir))} --resume"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -300,10 +295,11 @@ def lock_folder(folder):
 
 
 @contextlib.contextmanager
-def hold_run(accelerator, out_dir):
+def hold_run(accelerator, script, out_dir):
     """Hold the run folder and catch signals for as long as the block lasts. Yields a StopSignal."""
     lock = lock_folder(out_dir) if accelerator.is_main_process else None
-    stop = StopSignal()
+    path = sys.argv[0] if Path(sys.argv[0]).name == script else script  # a notebook's is another
+    stop = StopSignal(f"python {shlex.quote(path)} --out_dir={shlex.quote(str(out_dir))} --resume")
     try:
         yield stop
     finally:

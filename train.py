@@ -179,8 +179,7 @@ def train(cfg, accelerator, out_dir, stop):
     if checkpoint:
         print0(f"resuming from {checkpoint} at iteration {it:,}")
     if checkpoint and it == cfg.max_iters:
-        command = runtime.resume_command("train.py", out_dir)
-        print0(f"the run is finished; a longer one: {command} "
+        print0(f"the run is finished; a longer one: {stop.command} "
                f"--max_iters={2 * it}, whose learning rate rises again to that schedule's")
         return {"model": bare.eval(), "tokenizer": tokenizer,
                 "history": runtime.read_log(out_dir / "log.csv")}
@@ -303,7 +302,7 @@ def train(cfg, accelerator, out_dir, stop):
     accelerator.wait_for_everyone()  # the first process may still be drawing
     accelerator.end_training()
     if signum:
-        stop.exit(signum, out_dir, runtime.resume_command("train.py", out_dir))
+        stop.exit(signum, out_dir)
     return {"model": bare.eval(), "tokenizer": tokenizer,
             "history": runtime.read_log(out_dir / "log.csv")}
 
@@ -326,7 +325,7 @@ def main(cfg):
                                            project_dir=out_dir)
     if cfg.dry_run:
         return train(cfg, accelerator, out_dir, None)
-    with runtime.hold_run(accelerator, out_dir) as stop:
+    with runtime.hold_run(accelerator, "train.py", out_dir) as stop:
         return train(cfg, accelerator, out_dir, stop)
 
 

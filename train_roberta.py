@@ -662,7 +662,7 @@ def train(cfg, accelerator, lines, stop, start, saved):
         raise UserError(f"{start} cannot be loaded: {first_line(error)[:150]}; start a new "
                         "--out_dir") from error
     if callback.signum:
-        stop.exit(callback.signum, out_dir, runtime.resume_command("train_roberta.py", out_dir))
+        stop.exit(callback.signum, out_dir)
 
     # ---- the finished model becomes out_dir's own and answers a first question
     if first:
@@ -691,7 +691,7 @@ def main(cfg):
     cfg = replace(cfg, source=prepare.hide_secrets(cfg.source))  # it is printed and saved
     if not lines:
         raise UserError(f"--source {cfg.source}: every line is blank")
-    with runtime.hold_run(accelerator, cfg.out_dir) as stop:
+    with runtime.hold_run(accelerator, "train_roberta.py", cfg.out_dir) as stop:
         return train(cfg, accelerator, lines, stop, start, saved)
 
 
