@@ -107,11 +107,8 @@ FIXED = ("n_layer", "n_head", "n_embd", "max_position_embeddings", "block_size",
 def read_lines(paths):
     """Yield the lines that are not blank, without byte-order mark and line end."""
     for path in paths:
-        try:
-            with open(path, encoding="utf-8-sig") as f:
-                lines = "".join(prepare.read_pieces(f)).split("\n")
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}") from error
+        with open(path, encoding="utf-8-sig") as f:
+            lines = "".join(prepare.read_pieces(f)).split("\n")
         yield from (line for line in lines if line.strip())
 
 
@@ -564,7 +561,8 @@ def make_datasets(cfg, lines, tokenizer, per_iteration):
     halves = lines[: len(lines) - n_val], lines[len(lines) - n_val :]
     train, val = (encode(x, tokenizer, cfg.block_size, cfg.packing) for x in halves)
     if not train:
-        raise UserError(f"--source {cfg.source} holds nothing that the tokenizer can encode")
+        raise UserError(f"--source {cfg.source}: every line is blank or nothing that the "
+                        "tokenizer can encode")
     iterations = math.ceil(len(train) * cfg.max_epochs / per_iteration)
     if cfg.max_iters > iterations:
         epochs = math.ceil(cfg.max_iters * per_iteration / len(train))
@@ -689,8 +687,6 @@ def main(cfg):
     with accelerator.main_process_first():  # it downloads, the others find the file
         lines = list(read_lines(prepare.source_files(cfg.source, raw_dir)))
     cfg = replace(cfg, source=prepare.hide_secrets(cfg.source))  # it is printed and saved
-    if not lines:
-        raise UserError(f"--source {cfg.source}: every line is blank")
     with runtime.hold_run(accelerator, "train_roberta.py", cfg.out_dir) as stop:
         return train(cfg, accelerator, lines, stop, start, saved)
 
