@@ -617,8 +617,8 @@ class RunLog:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
     def progress(self, iteration, text=""):
-        """One update is done; with `text`, show it."""
-        self.bar.update()
+        """`iteration` updates are done; with `text`, show it."""
+        self.bar.update(iteration - self.bar.n)
         if text and self.bar.disable:
             elapsed = time.perf_counter() - self.began
             left = elapsed / max(1, iteration - self.done) * (self.total - iteration)
