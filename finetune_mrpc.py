@@ -738,13 +738,11 @@ def check_config(cfg):
 
 
 def check_folder(cfg):
-    """Raise UserError where training into out_dir would destroy a model that is not this run's."""
-    model, foreign = Path(cfg.model), Path(cfg.out_dir, "config.json")
+    """Raise UserError where the run would overwrite the model that it starts from."""
+    model = Path(cfg.model)
     if model.is_dir() and model.resolve().is_relative_to(Path(cfg.out_dir).resolve()):
         raise UserError(f"the run would overwrite its own --model {model}; choose another "
                         "--out_dir", 2)
-    if foreign.is_file() and b'"out_dir"' not in foreign.read_bytes():  # run.json of old runs
-        raise UserError(f"{foreign} is another model's; choose another --out_dir", 2)
 
 
 def main(cfg):

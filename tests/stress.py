@@ -355,7 +355,7 @@ mrpc clear: --max_epochs=0 --max_epochs=1.5 --batch_size=0 --batch_size=84 --bat
   --train_file=nope --train_file=data --train_file=text.txt --train_file=gpt/model.safetensors
   --validation_file=nope --model=no/pe --model=data --model=out/run --model=text.txt --epochs=3
   --lr=1 --eval_only --warmup_iters=1000000000 --layer_decay=nan --weight_decay=nan --grad_clip=nan
-  --seed=-1 --seed={BIG} --out_dir=out/mrpc --out_dir=bert --out_dir=text.txt --out_dir=gpt --resume
+  --seed=-1 --seed={BIG} --out_dir=out/mrpc --out_dir=bert --out_dir=text.txt --resume
   --length_window=-1 --keep_checkpoints=0 --eval_batch_size=0 --train_file= --typo=1
   --out_dir=out/mrpc&--overwrite&--model=nope --out_dir=out/mrpc&--overwrite&--columns=a,b,c
   --out_dir=out/mrpc&--overwrite&--train_file=nope

@@ -207,15 +207,13 @@ def test_wrong_options_exit_with_2(recipe, whole, fails):
     assert checkpoint_names(whole) == before
 
 
-def test_a_model_folder_is_not_trained_into(recipe, home, tmp_path, fails):
-    """config.json of the model that was started from, or of a stranger's, overwritten: it no
-    longer loads."""
-    shutil.copytree(home / "still", tmp_path / "other")
-    for folder in (home / "roberta", tmp_path / "other"):
-        before = sorted(folder.iterdir())
-        fails(2, lambda f=folder: main(replace(recipe, out_dir=str(f), overwrite=True)),
-              "choose another --out_dir")
-        assert sorted(folder.iterdir()) == before
+def test_a_model_folder_is_not_trained_into(recipe, home, fails):
+    """The model that was started from overwritten."""
+    folder = home / "roberta"
+    before = sorted(folder.iterdir())
+    fails(2, lambda: main(replace(recipe, out_dir=str(folder), overwrite=True)),
+          "choose another --out_dir")
+    assert sorted(folder.iterdir()) == before
 
 
 # ---------------------------------------------------------------------------------------------
