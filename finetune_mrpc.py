@@ -38,7 +38,6 @@ class Config:
     both_orders: bool = False  # swap a pair's texts every other epoch; average at prediction
     learning_rate: float = 5e-5  # the highest; falls linearly to 0
     warmup_iters: int = 0  # iterations in which it rises to that
-    layer_decay: float = 1.0  # learning rate of a layer / that of the layer above it
     weight_decay: float = 0.01  # on everything, as torch's AdamW does
     grad_clip: float = 0.0  # largest norm of the gradient; 0: off
     mixed_precision: Literal["auto", "fp16", "bf16", "no"] = "auto"  # auto: what is fast here
@@ -68,7 +67,6 @@ import csv
 import hashlib
 import json
 import math
-import re
 import shutil
 import time
 from pathlib import Path
@@ -254,19 +252,6 @@ def encode(cfg, model, tokenizer, table, swap=False, ids=()):
     if ids:
         columns["labels"] = [ids[label] for label in table.label]
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-
-
-def make_optimizer(cfg, model):
-    """AdamW (bias-corrected). A group's `lr_scale` is layer_decay ** (layers above it)."""
-    n_layer = getattr(model.config, "num_hidden_layers", 0)
-    groups = {}
-    for name, parameter in model.named_parameters():
-        layer = re.search(r"\.layers?\.(\d+)\.", name)
-        above = n_layer - 1 - int(layer[1]) if layer else n_layer * ("embeddings" in name)
-        groups.setdefault(cfg.layer_decay**above, []).append(parameter)
-    groups = [{"params": group, "lr_scale": scale} for scale, group in groups.items()]
-    return torch.optim.AdamW(groups, cfg.learning_rate, weight_decay=cfg.weight_decay,
-                             fused=model.device.type in ("cpu", "cuda"))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -511,7 +496,9 @@ def train(cfg, accelerator, data, labels, stop, start):
 
     # ---- optimizer, run folder
     accelerator.free_memory()  # of the run with the seed before
-    optimizer = make_optimizer(cfg, model)
+    fused = accelerator.device.type in ("cpu", "cuda")
+    optimizer = torch.optim.AdamW(model.parameters(), cfg.learning_rate, fused=fused,
+                                  weight_decay=cfg.weight_decay)
     model, optimizer = accelerator.prepare(model, optimizer)
     bare = accelerator.unwrap_model(model)
     if folder:
@@ -617,7 +604,7 @@ def train(cfg, accelerator, data, labels, stop, start):
 
 def what_stays(cfg, data, labels, global_batch):
     """{name: value} of what a checkpoint is bound to."""
-    names = ("model", "seed", "length_window", "both_orders", "max_length", "layer_decay")
+    names = ("model", "seed", "length_window", "both_orders", "max_length")
     same = {name: getattr(cfg, name) for name in names}
     same |= {"pairs an iteration": global_batch, "labels": list(labels)}
     for split in ("train", "validation"):
@@ -718,7 +705,7 @@ def check_config(cfg):
     check_range(cfg, 1, "max_epochs", "batch_size", "gradient_accumulation_steps",
                 "eval_batch_size", "log_interval", "keep_checkpoints")
     check_range(cfg, 0, "max_iters", "max_length", "length_window", "learning_rate",
-                "warmup_iters", "layer_decay", "weight_decay", "grad_clip")
+                "warmup_iters", "weight_decay", "grad_clip")
     check_range(cfg, 0, "seed", high=2**63 - 1)
     columns, words = cfg.columns.split(","), cfg.seeds.split(",") if cfg.seeds else []
     wrong = {

@@ -427,27 +427,16 @@ def test_nan_is_skipped_and_ten_stop_the_run(recipe, tmp_path, monkeypatch, fail
     assert same_weights(tmp_path / "checkpoint-000011", tmp_path / "checkpoint-000006")
 
 
-def test_options_of_the_best_recipe(recipe, tmp_path):
-    """Both orders: predictions must not depend on which text comes first, also those of best/
-    alone. Layer decay: the embeddings must move the least."""
+def test_both_orders(recipe, tmp_path):
+    """Predictions must not depend on which text comes first, also those of best/ alone."""
     names = {"sentence1": "sentence2", "sentence2": "sentence1"}
     swapped = pandas.read_csv(recipe.validation_file, sep="\t").rename(columns=names)
     swapped.to_csv(tmp_path / "swapped.csv", index=False)
-    cfg = replace(recipe, both_orders=True, layer_decay=0.1, out_dir=str(tmp_path / "run"),
-                  max_epochs=3)
-    found = main(cfg)
+    found = main(replace(recipe, both_orders=True, out_dir=str(tmp_path / "run"), max_epochs=3))
     mirrored = main(replace(recipe, eval_only=True, model=str(tmp_path / "run" / "best"),
                             validation_file=str(tmp_path / "swapped.csv"),
                             out_dir=str(tmp_path / "eval")))
     assert mirrored["loss"] == pytest.approx(found["loss"], abs=1e-5)
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(recipe.model)
-    groups = finetune_mrpc.make_optimizer(cfg, model).param_groups
-    scales = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
-    scale = {name: round(scales[id(p)], 9) for name, p in model.named_parameters()}
-    assert scale["roberta.embeddings.LayerNorm.weight"] == 0.01
-    assert scale["roberta.encoder.layer.0.output.dense.weight"] == 0.1
-    assert scale["roberta.encoder.layer.1.output.dense.weight"] == 1
-    assert scale["classifier.dense.weight"] == 1 and len(scale) == len(scales)
 
 
 # ---------------------------------------------------------------------------------------------
