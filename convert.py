@@ -191,14 +191,21 @@ def from_pretrained(name, dropout=0.0):
     folder = local_folder(name)
     try:
         hf_config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # a stranger's file: transformers has checks of every kind
+        raise UserError(f"cannot load {name}: {str(error) or type(error).__name__}") from error
+    try:
         config = gpt_config(hf_config, dropout)
+    except (KeyError, ValueError) as error:
+        raise UserError(f"cannot load {name}: {error}") from error
+    try:
         hf, differs = transformers.AutoModelForCausalLM.from_pretrained(
             folder, config=hf_config, dtype=torch.float32, attn_implementation="eager",
             use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True)
-    except Exception as error:  # a stranger's files: transformers has checks of every kind
+    except Exception as error:  # as above
         raise UserError(f"cannot load {name}: {str(error) or type(error).__name__}") from error
-    for kind, keys in differs.items():
-        if keys:  # the model in `hf` has random weights there
+    for kind, keys in differs.items():  # weights that `hf` drew at random, or left out
+        keys = [key for key in keys if not str(key).endswith(".attn.masked_bias")]  # in old files
+        if keys:
             raise UserError(f"{name} is another model or a part of one: {kind} {sorted(keys)[:3]}")
     with torch.device("meta"):
         model = GPT(config)

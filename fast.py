@@ -63,7 +63,7 @@ class Muon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self, closure=None):
-        features = torch.cpu.get_capabilities()
+        features = getattr(torch.cpu, "get_capabilities", dict)()
         fast_bf16 = features.get("avx512_bf16") or features.get("amx_bf16")
         usual = all(p.is_cpu and group["nesterov"] and group["adjust_lr_fn"] == "match_rms_adamw"
                     for group in self.param_groups for p in group["params"])

@@ -755,11 +755,15 @@ def main(cfg):
 def run(cfg, accelerator, stop):
     """Train with one seed or several, in a folder that is locked. stop: a StopSignal."""
     out_dir = Path(cfg.out_dir)
-    several = cfg.seeds or (cfg.resume and any(out_dir.glob("seed-*")))
-    if several and (out_dir / "log.csv").exists():
+    single = (out_dir / "log.csv").exists()
+    several = cfg.seeds or (cfg.resume and not single and any(out_dir.glob("seed-*")))
+    if several and single:
         raise UserError(f"{out_dir} holds a run with one seed; choose another --out_dir")
     if several and cfg.resume:
-        folder, saved = None, runtime.read_run(out_dir)
+        try:
+            folder, saved = None, runtime.read_run(out_dir)
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot resume {out_dir}: {runtime.first_line(error)}") from error
     else:
         folder, saved = runtime.find_run(out_dir, cfg.resume, cfg.overwrite)
     if cfg.resume:

@@ -235,7 +235,7 @@ class GPT(nn.Module):
         """
         if idx.size(1) > self.config.block_size:
             raise ValueError(f"{idx.size(1)} tokens exceed block_size {self.config.block_size}")
-        logits = self.lm_head(self.hidden(idx))
+        logits = self.lm_head(self.hidden(idx))  # (B, T, V)
         if targets is None:
             return logits, None
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())  # fp32 under autocast

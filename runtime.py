@@ -223,7 +223,7 @@ class BadUpdates:
 class StopSignal:
     """Turns the first SIGINT or SIGTERM into a flag, so that the current update can finish.
 
-    `signum` is 0 until then. A second signal kills at once. command: what continues the run.
+    `signum` is 0 until then. The same signal again kills at once. command: what continues the run.
     """
 
     def __init__(self, command=""):

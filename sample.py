@@ -181,7 +181,7 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
     for _ in range(max_new_tokens):
         threads = torch.get_num_threads()
         try:
-            if numpy_rows and idx.size(1) == cache.filled + 1:
+            if numpy_rows and cache.filled + 1 == idx.size(1) <= model.config.block_size:
                 # fast.Linear's products use numpy's threads; two pools that wait for each other's
                 # cores are ten times slower
                 torch.set_num_threads(1)

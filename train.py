@@ -58,7 +58,7 @@ class Config:
     gradient_accumulation_steps: int = 1  # micro-batches an update
     max_iters: int | None = None  # updates; None: chosen from the size of the data
     max_epochs: float | None = None  # instead: passes over the training split
-    minutes: float | None = None  # instead: as many updates as fit, measured at the start
+    minutes: float | None = None  # instead: as many updates as fit, 10 epochs at most
     optimizer: Literal["adamw", "muon"] = "muon"  # muon: for hidden matrices, AdamW for the rest
     learning_rate: float = 1e-2  # at its peak
     min_lr: float = 0.0  # at the last update
@@ -130,6 +130,8 @@ def train(cfg, accelerator, out_dir, stop):
     try:
         cfg = asked = settings_of(cfg, saved if checkpoint else None)
     except (KeyError, TypeError, ValueError) as error:
+        if not checkpoint:
+            raise
         raise UserError(f"{checkpoint} is no checkpoint of train.py: {error!r}") from error
     with accelerator.main_process_first():  # a missing preset is prepared once
         meta, data, tokenizer, files = load_data(cfg)
@@ -411,7 +413,7 @@ def read_windows(tokens, windows, block_size, vocab_size, device):
 # is not repeated dropout only costs loss. Measured in docs/LOG.md.
 WIDTHS = ((60_000, 128), (400_000, 192), (math.inf, 256))  # train tokens up to which one holds
 DROPOUTS = ((2, 0.0), (5, 0.1), (math.inf, 0.2))  # epochs up to which one holds
-MAX_EPOCHS = 10  # of a run whose length is not given
+MAX_EPOCHS = 10  # of a run whose length is not given, or given in minutes
 
 
 def choose_shape(cfg, tokens):
@@ -623,7 +625,8 @@ def check_config(cfg):
     check_range(cfg, 1, "block_size", "n_layer", "n_head", "n_embd", "n_kv_head", "head_dim")
     check_range(cfg, 1, "batch_size", "gradient_accumulation_steps", "keep_checkpoints")
     check_range(cfg, 1, "eval_iters", "log_interval", "n_inner")
-    check_range(cfg, 0, "max_iters", "max_epochs", "minutes", high=10**12)
+    check_range(cfg, 0, "max_iters", high=10**12)
+    check_range(cfg, 1e-9, "max_epochs", "minutes", high=10**12)
     check_range(cfg, 0, "learning_rate", "min_lr")
     check_range(cfg, 1e-12, "rope_theta", "norm_eps")
     check_range(cfg, 0, "embedding_lr", "head_lr", "warmup_iters", "weight_decay", "grad_clip")

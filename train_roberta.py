@@ -401,6 +401,7 @@ class RunCallback(transformers.TrainerCallback):
                                   [*runtime.LOG_COLUMNS, "val_accuracy"])
         self.tokens, self.updating = state.num_input_tokens_seen, 0.0  # at, and since, the last row
         self.clock = time.perf_counter()
+        self.begun = True  # all is loaded: what fails from here on is not the checkpoint's fault
 
     def lap(self, stage):
         """Count the time since the last call as `stage`, and return it."""
@@ -411,7 +412,6 @@ class RunCallback(transformers.TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         """Dropout is a function of the place in the run: there is no random state to save."""
-        self.begun = True  # whatever fails from here on is not the checkpoint's fault
         torch.manual_seed(runtime.derive_seed(args.seed, state.global_step, args.process_index))
 
     def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
@@ -453,11 +453,11 @@ class RunCallback(transformers.TrainerCallback):
         self.log.write(self.row | {"val_loss": loss, "val_accuracy": accuracy})
         self.log.print(f"iteration {state.global_step:,}: val loss {loss:.4f}, perplexity "
                        f"{runtime.perplexity(loss):.2f}, masked accuracy {accuracy:.1%}")
-        self.log.plot(unit="masked token", resumed=self.resumed)
         self.lap("evaluation")
 
     def on_save(self, args, state, control, **kwargs):
         self.stop.saved_at = time.monotonic()
+        self.log.plot(unit="masked token", resumed=self.resumed)
         self.lap("saving")
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -561,7 +561,7 @@ def make_datasets(cfg, lines, tokenizer, per_iteration):
     halves = lines[: len(lines) - n_val], lines[len(lines) - n_val :]
     train, val = (encode(x, tokenizer, cfg.block_size, cfg.packing) for x in halves)
     if not train:
-        raise UserError(f"--source {cfg.source}: every line is blank or nothing that the "
+        raise UserError(f"--source {cfg.source}: every line is blank, or holds nothing that the "
                         "tokenizer can encode")
     iterations = math.ceil(len(train) * cfg.max_epochs / per_iteration)
     if cfg.max_iters > iterations:

@@ -27,7 +27,7 @@ class Config:
 
     rounds: int | None = None  # turns of each side; None: 5, or 3 or 1 in a long row
     json: str | None = None  # write the figures there too
-    text: str | None = None  # prepare, roberta, char, loss: a file; None: a preset
+    text: str | None = None  # prepare, roberta, char, loss, minutes: a file; None: the library's
     out_dir: str = "out/stdlib"  # quantize: a run of train.py
     peer: str | None = None  # loss: the folder of another checkout of this project
     RETIRED: ClassVar = {"run": "--out_dir"}

@@ -9,7 +9,7 @@ from bench.plain import loss_of, make_model
 from bench.scripts import command, prepare_data, read_text
 from bench.turns import Side, compare
 
-T = 64  # context, as in nanoGPT's recipe for a CPU, whose figures all of these are
+T = 64  # tokens of context; this and the next three are of nanoGPT's recipe for a CPU
 ROWS = 12  # sequences an update
 ITERATIONS = 2000
 WARMUP = 100

@@ -1,4 +1,4 @@
-"""The peers' training: transformers' GPT-2 in the plainest loops, in fp32."""
+"""The peers' training: transformers' GPT-2 in the plainest loop, in fp32."""
 
 import math
 

@@ -146,7 +146,8 @@ def test_files_that_old_versions_wrote(tmp_path):
     hf, idx = twin(), tokens(3, 8)
     hf.transformer.save_pretrained(tmp_path / "bare")
     file = tmp_path / "bare" / "model.safetensors"
-    save_file(load_file(file) | {"h.0.attn.bias": torch.ones(1, 1, 8, 8)}, file)
+    masks = {"h.0.attn.bias": torch.ones(1, 1, 8, 8), "h.0.attn.masked_bias": torch.tensor(-1e4)}
+    save_file(load_file(file) | masks, file)
     ours = from_pretrained(str(tmp_path / "bare"))
     torch.testing.assert_close(ours(idx)[0], hf(idx).logits, atol=1e-5, rtol=0)
 

@@ -587,6 +587,10 @@ def test_seeds(recipe, tmp_path, capsys, fails):
     assert one["seed"] == 1 and not (tmp_path / "seed-1" / "seed-1").exists()
     assert again["last.f1"] == pytest.approx((runs[0]["last"]["f1"] + runs[1]["last"]["f1"]) / 2)
     assert runtime.read_run(tmp_path)["seconds"] > 0
+    (tmp_path / "run.json").write_text("{")
+    fails(1, lambda: resume(tmp_path), "cannot resume")
+    main(replace(recipe, out_dir=str(tmp_path), overwrite=True, max_iters=1))
+    assert resume(tmp_path, max_iters=2)["seed"] == recipe.seed  # one run, seed-1 beside it
 
 
 def test_one_class_is_warned_of(recipe, tmp_path, capsys):
