@@ -469,6 +469,12 @@ def test_training_learns(text, tmp_path):
     assert (tmp_path / "loss.png").stat().st_size > 1000
 
 
+def test_no_validation(text, tmp_path):
+    """Without an evaluation the losses were never drawn."""
+    train(text, tmp_path, max_iters=1, val_fraction=0.0)
+    assert (tmp_path / "loss.png").stat().st_size > 1000
+
+
 @pytest.mark.parametrize("name, millions", [("kantaibert", 83.5), ("kantaibert_small", 0.7)])
 def test_configs(name, millions, tokenizer, monkeypatch):
     """The recipes load, and have the size that they state."""
