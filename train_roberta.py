@@ -453,15 +453,16 @@ class RunCallback(transformers.TrainerCallback):
         self.log.write(self.row | {"val_loss": loss, "val_accuracy": accuracy})
         self.log.print(f"iteration {state.global_step:,}: val loss {loss:.4f}, perplexity "
                        f"{runtime.perplexity(loss):.2f}, masked accuracy {accuracy:.1%}")
+        self.log.plot(unit="masked token", resumed=self.resumed)
         self.lap("evaluation")
 
     def on_save(self, args, state, control, **kwargs):
         self.stop.saved_at = time.monotonic()
-        self.log.plot(unit="masked token", resumed=self.resumed)
         self.lap("saving")
 
     def on_train_end(self, args, state, control, **kwargs):
         self.log.print(f"trained for {self.log.close()}")
+        self.log.plot(unit="masked token", resumed=self.resumed)  # also without an evaluation
 
 
 class Trainer(transformers.Trainer):
