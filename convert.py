@@ -44,7 +44,7 @@ from torch.nn import functional as F
 import prepare
 import sample
 from model import GPT, GPTConfig
-from runtime import UserError, commit_folder, disk_errors, print0, run_script
+from runtime import UserError, commit_folder, disk_errors, first_line, print0, run_script
 
 HUB_FILES = ["*.json", "model*.safetensors"]
 FAMILIES = {  # model_type: {GPTConfig's name: transformers' name}
@@ -192,7 +192,7 @@ def from_pretrained(name, dropout=0.0):
     try:
         hf_config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a stranger's file: transformers has checks of every kind
-        raise UserError(f"cannot load {name}: {str(error) or type(error).__name__}") from error
+        raise UserError(f"cannot load {name}: {first_line(error)}") from error
     try:
         config = gpt_config(hf_config, dropout)
     except (KeyError, ValueError) as error:
@@ -202,7 +202,7 @@ def from_pretrained(name, dropout=0.0):
             folder, config=hf_config, dtype=torch.float32, attn_implementation="eager",
             use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True)
     except Exception as error:  # as above
-        raise UserError(f"cannot load {name}: {str(error) or type(error).__name__}") from error
+        raise UserError(f"cannot load {name}: {first_line(error)}") from error
     for kind, keys in differs.items():  # weights that `hf` drew at random, or left out
         keys = [key for key in keys if not str(key).endswith(".attn.masked_bias")]  # in old files
         if keys:
