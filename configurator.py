@@ -90,7 +90,7 @@ def load(config_class, argv=None):
     # OpenMP threads that spin at their barriers starve each other once another process is busy on
     # the same cores: read when torch loads, which scripts do after this call.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     argv = list(sys.argv[1:] if argv is None else argv)
     cfg, given = config_class(), set()
     while argv and not argv[0].startswith("-"):

@@ -5,12 +5,19 @@ every program computes the same, slower; only sample.py's --quantize is gone.
 """
 
 import math
+import warnings
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
 GROUP = 32  # inputs that share a scale and an offset in int4
+
+
+def cpu_has(*features):
+    """Whether the CPU has one of these instruction sets, by torch.cpu.get_capabilities' names."""
+    found = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(found.get(feature) for feature in features)
 
 
 def dropout(x, p=0.5, training=True):
@@ -63,11 +70,9 @@ class Muon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self, closure=None):
-        features = getattr(torch.cpu, "get_capabilities", dict)()
-        fast_bf16 = features.get("avx512_bf16") or features.get("amx_bf16")
         usual = all(p.is_cpu and group["nesterov"] and group["adjust_lr_fn"] == "match_rms_adamw"
                     for group in self.param_groups for p in group["params"])
-        if fast_bf16 or not usual or closure is not None:
+        if cpu_has("avx512_bf16", "amx_bf16") or not usual or closure is not None:
             return super().step(closure)
         for group in self.param_groups:
             lr = float(group["lr"])
@@ -94,44 +99,57 @@ def orthogonalize(x, group):
 
 class QuantizedLinear(nn.Module):
     """A Linear for decoding: weights in bf16, or, on a CPU only, in int8 with one scale an output
-    or in int4 with a scale and an offset for every GROUP inputs of an output."""
+    (each row of x is rounded to 8 bits too) or in int4 with a scale and an offset for every GROUP
+    inputs of an output."""
 
     def __init__(self, linear, kind):
         super().__init__()
         self.kind = kind
         self.bias = linear.bias
         self.out_features = linear.out_features
-        # PyTorch 2.13: _weight_int8pack_mm reads past rows whose length is no multiple of 16; the
-        # int4 kernel wants whole groups and 16 outputs, and is fastest with 64
-        inputs, outputs = {"bf16": (1, 1), "int8": (16, 1), "int4": (GROUP, 64)}[kind]
-        self.padding = -linear.in_features % inputs
-        weight = F.pad(linear.weight.detach(), (0, self.padding, 0, -self.out_features % outputs))
-        scale = None
+        weight = linear.weight.detach()
         if kind == "bf16":
-            weight = weight.bfloat16()
+            self.register_buffer("weight", weight.bfloat16())
         elif kind == "int8":
-            scale = (weight.abs().amax(dim=1).clamp(min=1e-8) / 127).bfloat16()
-            weight = (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8)
+            scale = weight.abs().amax(dim=1).clamp(min=1e-8) / 127
+            zero_points = torch.zeros(len(scale), dtype=torch.long)
+            with warnings.catch_warnings():  # some day PyTorch drops this dtype, for torchao's
+                warnings.simplefilter("ignore")
+                weight = torch.quantize_per_channel(weight, scale, zero_points, 0, torch.qint8)
+            self.packed = torch.ops.quantized.linear_prepack(weight, None)
+            # older CPUs add products of 8 bits up in 16: x then gets 7 bits, for them to fit
+            self.narrow = not cpu_has("avx512_vnni", "avx_vnni")
         else:
+            # the kernel wants whole groups and 16 outputs, and is fastest with 64
+            self.padding = -linear.in_features % GROUP
+            weight = F.pad(weight, (0, self.padding, 0, -self.out_features % 64))
             groups = weight.unflatten(1, (-1, GROUP))  # (outputs, groups, GROUP)
             low, high = groups.aminmax(dim=2, keepdim=True)
             scale = ((high - low) / 15).clamp(min=1e-8).bfloat16()
             offset = (low + 8 * scale).bfloat16()  # of the 16 levels -8 .. 7
             levels = ((groups - offset) / scale).round().clamp(-8, 7) + 8
             weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels.flatten(1).int(), 1)
+            self.register_buffer("weight", weight)
             scale = torch.cat((scale, offset), dim=2).transpose(0, 1).contiguous()
-        self.register_buffer("weight", weight)
-        self.register_buffer("scale", scale)
+            self.register_buffer("scale", scale)
 
     def forward(self, x):
-        rows = F.pad(x.reshape(-1, x.size(-1)).bfloat16(), (0, self.padding)).contiguous()
-        if self.kind == "bf16":
-            y = F.linear(rows, self.weight)
-        elif self.kind == "int8":
-            y = torch.ops.aten._weight_int8pack_mm(rows, self.weight, self.scale)
+        rows = x.reshape(-1, x.size(-1))
+        if self.kind == "bf16" and len(rows) == 1:  # the product of matrices is slower here
+            y = torch.mv(self.weight, rows[0].bfloat16())[None]
+        elif self.kind == "bf16":
+            y = F.linear(rows.bfloat16(), self.weight)
+        elif self.kind == "int8" and len(rows) == 1:
+            y = torch.ops.quantized.linear_dynamic(rows, self.packed, self.narrow)
+        elif self.kind == "int8":  # one scale for all rows would be that of the largest
+            largest = rows.abs().amax(dim=1, keepdim=True).clamp(min=1e-30)
+            y = torch.ops.quantized.linear_dynamic(rows / largest, self.packed, self.narrow)
+            y = y * largest
         else:
+            rows = F.pad(rows.bfloat16(), (0, self.padding)).contiguous()
             y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.weight, GROUP, self.scale)
-        y = y[:, : self.out_features].to(x.dtype)
+            y = y[:, : self.out_features]
+        y = y.to(x.dtype)
         y = y if self.bias is None else y + self.bias
         return y.reshape(*x.shape[:-1], -1)
 

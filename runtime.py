@@ -430,6 +430,17 @@ def fits(value, hint):
     return isinstance(value, hint) or isinstance(value, int) and isinstance(0.0, hint)
 
 
+def own_precision(cfg, out_dir):
+    """cfg.mixed_precision; on resume that of the run, where this command gives none. An Accelerator
+    needs it before the rest of the run is read."""
+    saved = {}
+    if cfg.resume and "mixed_precision" not in given_names(cfg):
+        with contextlib.suppress(OSError, ValueError):  # find_run says what is wrong
+            saved = read_run(next(iter(checkpoints(out_dir)), out_dir))
+    own = (saved.get("train") or saved.get("config") or {}).get("mixed_precision")
+    return own if own in ("auto", "fp16", "bf16", "no") else cfg.mixed_precision
+
+
 def check_same(folder, saved, wanted):
     """Raise one UserError (code 2) that names every setting in which `wanted` differs from `saved`,
     both {name: value}: what a checkpoint was made with cannot change under it."""

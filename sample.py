@@ -151,7 +151,7 @@ class CUDAGraphStep:
         return self.logits.clone()
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def next_logits(model, idx, cache=None):
     """Logits (B, V) after the last token of idx (B, T), the window slid to block_size.
 
@@ -177,7 +177,7 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
     cache = KVCache(model, idx.size(0), idx.size(1) + max_new_tokens) if kv_cache else None
     ended = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
     numpy_rows = len(idx) == 1 and idx.device.type == "cpu" and "fast" in sys.modules
-    numpy_rows = numpy_rows and kv_cache and model.lm_head.weight.dtype == torch.float32
+    numpy_rows = numpy_rows and kv_cache and isinstance(model.lm_head, torch.nn.Linear)
     for _ in range(max_new_tokens):
         threads = torch.get_num_threads()
         try:

@@ -323,7 +323,7 @@ def main(cfg):
         if tracker not in map(str, get_available_trackers()):
             raise UserError(f"--log_with={tracker} needs a package: pip install {tracker}")
     out_dir = Path(cfg.out_dir or f"out/{cfg.dataset}")
-    accelerator = runtime.make_accelerator(cfg.mixed_precision, log_with=tracker,
+    accelerator = runtime.make_accelerator(runtime.own_precision(cfg, out_dir), log_with=tracker,
                                            project_dir=out_dir)
     if cfg.dry_run:
         return train(cfg, accelerator, out_dir, None)

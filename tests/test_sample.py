@@ -98,10 +98,11 @@ def test_generate_with_and_without_cache(family, how):
         assert torch.equal(texts[0][:, :length], idx)
 
 
-@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("kind, atol", [("bf16", 0.05), ("int8", 0.2), ("int4", 0.05)])
 @every_family
-def test_quantized_generation(family, kind):
-    """Narrow models of odd widths read past their weights; one row must equal several."""
+def test_quantized_generation(family, kind, atol):
+    """Narrow models of odd widths read past their weights; one row must equal several: in int8 up
+    to the rounding of the rows."""
     for n_embd in (24, 33, 40, 50, 100):
         config = replace(FAMILIES[family], n_embd=n_embd, n_inner=n_embd + 7)
         ours = fast.quantize(make(config, spread=0.2), kind)
@@ -110,7 +111,7 @@ def test_quantized_generation(family, kind):
             logits = next_logits(ours, idx[:, :end])
             for other in (next_logits(ours, idx[:, :end].expand(3, -1))[1:2],
                           next_logits(ours, idx[:, :end], cache)):
-                torch.testing.assert_close(other, logits, atol=0.05, rtol=0.05)
+                torch.testing.assert_close(other, logits, atol=atol, rtol=0.05)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
