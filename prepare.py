@@ -356,8 +356,8 @@ def open_tiktoken(name):
 
 
 def default_vocab_size(n_bytes):
-    """Vocabulary of a BPE: 2 sqrt(bytes) as a power of two, 512 to 4096, so that tokens repeat."""
-    return min(4096, max(512, 2 ** round(math.log2(2 * math.sqrt(n_bytes)))))
+    """Vocabulary of a BPE: 2 sqrt(bytes) as a power of two, 1024 to 4096, so that tokens repeat."""
+    return min(4096, max(1024, 2 ** round(math.log2(2 * math.sqrt(n_bytes)))))
 
 
 def make_tokenizer(name, pieces, n_bytes=None, vocab_size=None):

@@ -298,7 +298,8 @@ def lock_folder(folder):
 def hold_run(accelerator, script, out_dir):
     """Hold the run folder and catch signals for as long as the block lasts. Yields a StopSignal."""
     lock = lock_folder(out_dir) if accelerator.is_main_process else None
-    path = sys.argv[0] if Path(sys.argv[0]).name == script else script  # a notebook's is another
+    beside = Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent
+    path = sys.argv[0] if beside else script  # a notebook's is somewhere else
     stop = StopSignal(f"python {shlex.quote(path)} --out_dir={shlex.quote(str(out_dir))} --resume")
     try:
         yield stop

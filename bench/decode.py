@@ -72,6 +72,8 @@ def by_llama_cpp(kind, folder):
     """The same by llama.cpp, which itself quantizes our GGUF."""
     import llama_cpp
 
+    quiet = llama_cpp.llama_log_callback(lambda *_: None)
+    llama_cpp.llama_log_set(quiet, None)
     file = f"{folder}/{kind}.gguf"
     tokenizer = prepare.load_tokenizer(folder / "text")
     convert.write_gguf(folder, random_model(), tokenizer, "random", "f32")

@@ -277,7 +277,7 @@ def test_vocabulary_fits_the_text(make, text_file):
     """4,096 tokens for every text were more than a small one bears; where it cannot even give the
     size that was chosen for it, that is no error."""
     sizes = (10, 100_000, 343_000, 1_000_000, 3_000_000, 10**9)
-    assert [*map(prepare.default_vocab_size, sizes)] == [512, 512, 1024, 2048, 4096, 4096]
+    assert [*map(prepare.default_vocab_size, sizes)] == [1024, 1024, 1024, 2048, 4096, 4096]
     for dataset in ("d", "stdlib"):  # a preset's size is no promise of another text's either
         folder = make(text_file, dataset, tokenizer="bpe")
         assert 257 < prepare.read_meta(folder)["vocab_size"] < 512

@@ -392,3 +392,16 @@ def test_fp16_on_a_cpu_warns_and_is_fp32(capsys):
     assert runtime.pick_precision("fp16", "cpu") == "no"
     assert "needs a GPU" in capsys.readouterr().out
     assert runtime.clock_text(7384) == "2:03:04"
+
+
+def test_a_resumed_run_keeps_its_precision(tmp_path):
+    """Would catch an Accelerator made from this command's default, on a machine where that is
+    another precision than the run's."""
+    for own in ("bf16", ["bf16"]):
+        (tmp_path / "run.json").write_text(json.dumps({"train": {"mixed_precision": own}}))
+        wanted = "bf16" if own == "bf16" else "auto"
+        assert runtime.own_precision(train.Config(resume=True), tmp_path) == wanted
+    given = train.Config(resume=True, mixed_precision="no")
+    assert runtime.own_precision(given, tmp_path) == "no"
+    assert runtime.own_precision(train.Config(), tmp_path) == "auto"
+    assert runtime.own_precision(train.Config(resume=True), tmp_path / "none") == "auto"
