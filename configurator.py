@@ -20,6 +20,11 @@ import types
 
 import tyro
 
+# Threads that spin at their barriers starve each other once another process is busy on the same
+# cores; waking threads that sleep costs a third of the speed on some machines. Measured in
+# docs/LOG.md: they spin some 100 microseconds, then sleep.
+OPENMP = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "10000"}
+
 
 def usage_error(message):
     """End the program with one line and exit code 2, as a command line parser does."""
@@ -87,10 +92,8 @@ def load(config_class, argv=None):
 
     The result's attribute `given` is the set of names that were said anywhere.
     """
-    # OpenMP threads that spin at their barriers starve each other once another process is busy on
-    # the same cores: read when torch loads, which scripts do after this call.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    for name, value in OPENMP.items():  # read when torch loads, which scripts do after this call
+        os.environ.setdefault(name, value)
     argv = list(sys.argv[1:] if argv is None else argv)
     cfg, given = config_class(), set()
     while argv and not argv[0].startswith("-"):

@@ -41,5 +41,9 @@ def run(cfg, folder):
              "decode 124M, fp32, sample.py (tokens/s)": (decode.ours, ("fp32",)),
              "the same, int8": (decode.ours, ("int8",)),
              "the same, transformers, fp32": (decode.by_transformers, ("fp32",))}
-    return compare(cfg, {work: [Side("beside a busy process", beside_busy, side),
-                                Side("quiet", *side)] for work, side in works.items()})
+    comparisons = {}
+    for work, side in works.items():
+        ours = "transformers" not in work
+        comparisons[work] = [Side("beside a busy process", beside_busy, side, ours=ours),
+                             Side("quiet", *side, ours=ours)]
+    return compare(cfg, comparisons)

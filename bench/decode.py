@@ -97,7 +97,7 @@ def run(cfg, folder):
     """Each kind of weights beside the peers that have it; the limit is reading all weights."""
     def side(kind, rows=1):
         return Side(f"sample.py, {kind}, batch {rows}", ours, (kind, rows), COPY,
-                    BYTES[kind] * 124e6 / rows)
+                    BYTES[kind] * 124e6 / rows, ours=True)
 
     def transformers(kind, rows=1):
         return Side(f"transformers, {kind}, batch {rows}", by_transformers, (kind, rows))

@@ -56,5 +56,5 @@ def run(cfg, folder):
     options = {"model": str(folder / "model"), "train_file": str(folder / "train.tsv"),
                "validation_file": str(folder / "val.tsv"), "max_iters": 40, "log_interval": 20}
     return compare(cfg, {"fine-tune 22M, 8 pairs an update (tokens/s)": [
-        Side("finetune_mrpc.py", logged_speed, ("finetune_mrpc", options, folder)),
+        Side("finetune_mrpc.py", logged_speed, ("finetune_mrpc", options, folder), ours=True),
         Side("plain fp32 loop", lesson, (folder / "model", folder / "train.tsv"))]})

@@ -36,5 +36,5 @@ def run(cfg, folder):
     options = {"source": str(file), "tokenizer": str(folder / "tokenizer"), "max_iters": 6,
                "log_interval": 3, "eval_interval": 0}
     return compare(cfg, {"KantaiBERT 84M, 64 lines an update (tokens/s)": [
-        Side("train_roberta.py", logged_speed, ("train_roberta", options, folder)),
+        Side("train_roberta.py", logged_speed, ("train_roberta", options, folder), ours=True),
         Side("Trainer's defaults", trainer_defaults, (file, folder))]}, rounds=3)

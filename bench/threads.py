@@ -19,6 +19,6 @@ def run(cfg, folder):
     """Powers of two up to the cores of the machine."""
     counts = [2**i for i in range(os.cpu_count().bit_length())]
     return compare(cfg, {f"train 124M, 2 x 256, {count} thread(s) (tokens/s)": [
-        Side("train.py", on_threads, (count, train.ours)),
+        Side("train.py", on_threads, (count, train.ours), ours=True),
         Side("transformers, plain fp32 loop", on_threads, (count, plain.updates))]
         for count in counts}, rounds=3)

@@ -44,7 +44,7 @@ def run(cfg, folder):
     matrices = 6 * 124e6  # FLOPs of a token; attention comes on top
     if DEVICE == "cpu":
         return compare(cfg, {"train 124M, 2 x 256, dropout 0.1 (tokens/s)": [
-            Side("train.py", ours, CPU_WORK, BF16, matrices + 12 * 12 * 768 * 256),
+            Side("train.py", ours, CPU_WORK, BF16, matrices + 12 * 12 * 768 * 256, ours=True),
             Side("transformers, plain fp32 loop", updates, CPU_WORK)]})
     many = (SHAPE, 32, 15, 1024, 0.0)
     few = (SHAPE, 12, 40, 1024, 0.0)

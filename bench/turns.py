@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+from configurator import OPENMP
 from runtime import UserError
 
 SHAPE = {"vocab_size": 50257, "n_layer": 12, "n_head": 12, "n_embd": 768}  # GPT-2 124M
@@ -31,6 +32,7 @@ class Side(NamedTuple):
     limit: str = ""  # the limit of the machine that holds for it: BF16 or COPY
     cost: float = 0.0  # how much of that one unit of work costs at least
     needs: str = ""  # a package; where it is missing the side is skipped, by name
+    ours: bool = False  # with the OpenMP settings of our scripts; a peer has OpenMP's own
 
 
 def serve(pipe, function, args):
@@ -60,6 +62,10 @@ def take_turns(sides, rounds):
     pipes = []
     for side in sides:
         pipe, its_end = context.Pipe()
+        for name, value in OPENMP.items():
+            os.environ.pop(name, None)
+            if side.ours:
+                os.environ[name] = value
         child = context.Process(target=serve, args=(its_end, side.function, side.args))
         child.start()
         its_end.close()  # else recv() would not notice that the side has ended
