@@ -21,8 +21,8 @@ import types
 import tyro
 
 # Threads that spin at their barriers starve each other once another process is busy on the same
-# cores; waking threads that sleep costs a third of the speed on some machines. Measured in
-# docs/LOG.md: they spin some 100 microseconds, then sleep.
+# cores; waking those that sleep costs up to half of the speed. They spin for some 100 microseconds,
+# then sleep: measured in docs/LOG.md.
 OPENMP = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "10000"}
 
 
@@ -87,13 +87,18 @@ def parse(config_class, options, default, place):
     return cfg, names
 
 
+def tune_threads():
+    """Set OPENMP, where the user has not. It is read when torch loads."""
+    for name, value in OPENMP.items():
+        os.environ.setdefault(name, value)
+
+
 def load(config_class, argv=None):
     """Return config_class with config files and options applied; wrong input exits with code 2.
 
     The result's attribute `given` is the set of names that were said anywhere.
     """
-    for name, value in OPENMP.items():  # read when torch loads, which scripts do after this call
-        os.environ.setdefault(name, value)
+    tune_threads()
     argv = list(sys.argv[1:] if argv is None else argv)
     cfg, given = config_class(), set()
     while argv and not argv[0].startswith("-"):

@@ -99,26 +99,26 @@ def orthogonalize(x, group):
 
 class QuantizedLinear(nn.Module):
     """A Linear for decoding: weights in bf16, or, on a CPU only, in int8 with one scale an output
-    (each row of x is rounded to 8 bits too) or in int4 with a scale and an offset for every GROUP
-    inputs of an output."""
+    (each row of x is rounded to 8 bits, too) or in int4 with a scale and an offset for every GROUP
+    inputs of an output. The int8 weights are in no state_dict: quantize after loading."""
 
     def __init__(self, linear, kind):
         super().__init__()
         self.kind = kind
         self.bias = linear.bias
         self.out_features = linear.out_features
-        weight = linear.weight.detach()
+        weight = linear.weight.detach().float()
         if kind == "bf16":
             self.register_buffer("weight", weight.bfloat16())
         elif kind == "int8":
             scale = weight.abs().amax(dim=1).clamp(min=1e-8) / 127
             zero_points = torch.zeros(len(scale), dtype=torch.long)
-            with warnings.catch_warnings():  # some day PyTorch drops this dtype, for torchao's
+            with warnings.catch_warnings():  # PyTorch 2.13 announces the end of qint8 tensors
                 warnings.simplefilter("ignore")
                 weight = torch.quantize_per_channel(weight, scale, zero_points, 0, torch.qint8)
             self.packed = torch.ops.quantized.linear_prepack(weight, None)
-            # older CPUs add products of 8 bits up in 16: x then gets 7 bits, for them to fit
-            self.narrow = not cpu_has("avx512_vnni", "avx_vnni")
+            # without AVX512-VNNI the kernel adds products of 8 bits in 16: x gets 7, so they fit
+            self.narrow = bool(cpu_has("avx2") and not cpu_has("avx512_vnni"))
         else:
             # the kernel wants whole groups and 16 outputs, and is fastest with 64
             self.padding = -linear.in_features % GROUP
@@ -135,13 +135,14 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x):
         rows = x.reshape(-1, x.size(-1))
-        if self.kind == "bf16" and len(rows) == 1:  # the product of matrices is slower here
+        if self.kind == "bf16" and len(rows) == 1:  # F.linear takes half as long again
             y = torch.mv(self.weight, rows[0].bfloat16())[None]
         elif self.kind == "bf16":
             y = F.linear(rows.bfloat16(), self.weight)
         elif self.kind == "int8" and len(rows) == 1:
-            y = torch.ops.quantized.linear_dynamic(rows, self.packed, self.narrow)
-        elif self.kind == "int8":  # one scale for all rows would be that of the largest
+            y = torch.ops.quantized.linear_dynamic(rows.float(), self.packed, self.narrow)
+        elif self.kind == "int8":  # the kernel has one scale for all rows: give each row its own
+            rows = rows.float()
             largest = rows.abs().amax(dim=1, keepdim=True).clamp(min=1e-30)
             y = torch.ops.quantized.linear_dynamic(rows / largest, self.packed, self.narrow)
             y = y * largest

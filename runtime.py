@@ -298,8 +298,7 @@ def lock_folder(folder):
 def hold_run(accelerator, script, out_dir):
     """Hold the run folder and catch signals for as long as the block lasts. Yields a StopSignal."""
     lock = lock_folder(out_dir) if accelerator.is_main_process else None
-    beside = Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent
-    path = sys.argv[0] if beside else script  # a notebook's is somewhere else
+    path = sys.argv[0] if Path(sys.argv[0]).name == script else script  # a notebook's is another
     stop = StopSignal(f"python {shlex.quote(path)} --out_dir={shlex.quote(str(out_dir))} --resume")
     try:
         yield stop
@@ -432,14 +431,15 @@ def fits(value, hint):
 
 
 def own_precision(cfg, out_dir):
-    """cfg.mixed_precision; on resume that of the run, where this command gives none. An Accelerator
-    needs it before the rest of the run is read."""
-    saved = {}
+    """cfg.mixed_precision; on resume the run's setting, where this command gives none ('auto' is
+    resolved on this machine). Called before find_run, because an Accelerator is made first."""
     if cfg.resume and "mixed_precision" not in given_names(cfg):
-        with contextlib.suppress(OSError, ValueError):  # find_run says what is wrong
-            saved = read_run(next(iter(checkpoints(out_dir)), out_dir))
-    own = (saved.get("train") or saved.get("config") or {}).get("mixed_precision")
-    return own if own in ("auto", "fp16", "bf16", "no") else cfg.mixed_precision
+        for folder in (*checkpoints(out_dir), Path(out_dir)):
+            with contextlib.suppress(OSError, ValueError):  # find_run says what is wrong
+                saved = read_run(folder)
+                own = (saved.get("train") or saved.get("config") or {}).get("mixed_precision")
+                return own if own in ("auto", "fp16", "bf16", "no") else cfg.mixed_precision
+    return cfg.mixed_precision
 
 
 def check_same(folder, saved, wanted):

@@ -148,27 +148,28 @@ class CUDAGraphStep:
         self.token.copy_(token)
         self.position.fill_(position)
         self.graph.replay()
-        return self.logits.clone()
+        return self.logits
 
 
-@torch.inference_mode()
 def next_logits(model, idx, cache=None):
     """Logits (B, V) after the last token of idx (B, T), the window slid to block_size.
 
     With a KVCache only what it does not hold yet is computed, until the window is full: positions
     are absolute, so from then on a slide changes every token of the window.
     """
-    if cache is None or idx.size(1) > model.config.block_size:
-        return model.lm_head(model.hidden(idx[:, -model.config.block_size :])[:, -1])
-    position = cache.filled
-    new = idx[:, position:]
-    if idx.device.type == "cuda" and new.size(1) == 1:
-        cache.graph = cache.graph or CUDAGraphStep(model, cache, new, position)
-        logits = cache.graph(new, position)
-    else:
-        logits = model.lm_head(model.hidden(new, cache)[:, -1])
-    cache.filled = idx.size(1)
-    return logits
+    with torch.inference_mode():
+        if cache is None or idx.size(1) > model.config.block_size:
+            logits = model.lm_head(model.hidden(idx[:, -model.config.block_size :])[:, -1])
+        else:
+            position = cache.filled
+            new = idx[:, position:]
+            if idx.device.type == "cuda" and new.size(1) == 1:
+                cache.graph = cache.graph or CUDAGraphStep(model, cache, new, position)
+                logits = cache.graph(new, position)
+            else:
+                logits = model.lm_head(model.hidden(new, cache)[:, -1])
+            cache.filled = idx.size(1)
+    return logits.clone()  # a tensor like any other, and not the graph's own
 
 
 def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos_id=None,
@@ -177,7 +178,9 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
     cache = KVCache(model, idx.size(0), idx.size(1) + max_new_tokens) if kv_cache else None
     ended = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
     numpy_rows = len(idx) == 1 and idx.device.type == "cpu" and "fast" in sys.modules
-    numpy_rows = numpy_rows and kv_cache and isinstance(model.lm_head, torch.nn.Linear)
+    head = model.lm_head
+    numpy_rows = numpy_rows and kv_cache and isinstance(head, torch.nn.Linear)
+    numpy_rows = numpy_rows and head.weight.dtype == torch.float32
     for _ in range(max_new_tokens):
         threads = torch.get_num_threads()
         try:
@@ -276,7 +279,7 @@ def load_checkpoint(folder):
         load_model(model, folder / "model.safetensors")
     except (OSError, RuntimeError, SafetensorError) as error:  # right checksums, wrong contents
         raise UserError(f"{folder}/model.safetensors cannot be loaded: {first_line(error)}; name "
-                        "another --checkpoint") from error
+                        "another --checkpoint or --out_dir") from error
     return model.eval(), tokenizer, saved
 
 

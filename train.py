@@ -309,7 +309,7 @@ def train(cfg, accelerator, out_dir, stop):
             "history": runtime.read_log(out_dir / "log.csv")}
 
 
-def main(cfg):
+def main(cfg, script="train.py"):
     """Hold the run folder and the signals for as long as the run lasts; see train().
 
     Returns {"model", "tokenizer", "history"}: the trained GPT in eval mode, its prepare.Tokenizer
@@ -327,7 +327,7 @@ def main(cfg):
                                            project_dir=out_dir)
     if cfg.dry_run:
         return train(cfg, accelerator, out_dir, None)
-    with runtime.hold_run(accelerator, "train.py", out_dir) as stop:
+    with runtime.hold_run(accelerator, script, out_dir) as stop:
         return train(cfg, accelerator, out_dir, stop)
 
 

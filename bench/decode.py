@@ -72,7 +72,7 @@ def by_llama_cpp(kind, folder):
     """The same by llama.cpp, which itself quantizes our GGUF."""
     import llama_cpp
 
-    quiet = llama_cpp.llama_log_callback(lambda *_: None)
+    quiet = llama_cpp.llama_log_callback(lambda *_: None)  # named, else ctypes frees it
     llama_cpp.llama_log_set(quiet, None)
     file = f"{folder}/{kind}.gguf"
     tokenizer = prepare.load_tokenizer(folder / "text")

@@ -16,11 +16,11 @@ def run(cfg, folder):
                         "git worktree add OLD COMMIT; then --peer OLD", 2)
     source = Path(cfg.text).resolve() if cfg.text else "stdlib"
     sides = []
-    for checkout, script in ((ROOT, "train.py"), (ROOT, "racer.py"), (cfg.peer, "train.py")):
-        checkout = Path(checkout).resolve()
+    for name in ("train.py", "racer.py", f"{cfg.peer}/train.py"):
+        checkout = Path(cfg.peer).resolve() if "/" in name else ROOT
         data = ["--dataset=text", f"--data_dir={folder}/{len(sides)}"]
         subprocess.run([sys.executable, "prepare.py", *data, f"--source={source}"], cwd=checkout,
                        check=True, stdout=subprocess.DEVNULL)
-        words = [script, *data, "--out_dir=OUT", "--seed=SEED"]
-        sides.append(Side(f"{checkout.name}/{script}", command, (words, folder, checkout)))
+        words = [Path(name).name, *data, "--out_dir=OUT", "--seed=SEED"]
+        sides.append(Side(name, command, (words, folder, checkout)))
     return compare(cfg, {"whole command (runs/h)": sides}, rounds=3)

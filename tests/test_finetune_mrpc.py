@@ -344,7 +344,10 @@ def test_stopped_and_resumed_equals_uninterrupted(recipe, whole, tmp_path, capsy
         return found | ({"f1": 1.0} if args[6] == "iteration 14" else {}), *rest
 
     monkeypatch.setattr(finetune_mrpc, "evaluate", lucky)
+    asked, make = [], runtime.make_accelerator
+    monkeypatch.setattr(runtime, "make_accelerator", lambda p: asked.append(p) or make(p))
     resume(tmp_path, max_iters=14)
+    assert asked == [recipe.mixed_precision] != ["auto"]  # which some machines make bf16
     assert checkpoint_names(tmp_path) == [14, 11]
     assert same_weights(tmp_path / "best", tmp_path / "checkpoint-000011")
     newest, older = runtime.checkpoints(tmp_path)

@@ -1,8 +1,11 @@
 """racer.py: value embeddings in a fork of the model, through train.py and sample.py."""
 
+import copy
+
 import pytest
 import torch
 
+import fast
 import racer
 import sample
 import train
@@ -24,21 +27,29 @@ def test_values_follow_their_tokens():
     for end in (5, 6, 9, 11):
         one = sample.next_logits(model, idx[:, :end], cache)
         torch.testing.assert_close(one, model(idx[:, :end])[0][:, -1], atol=1e-4, rtol=1e-4)
-    model.idx, x = idx, torch.randn(2, 11, 24)
-    qkv = model.transformer.h[-1].attn.c_attn(x)  # with the hook
-    plain = x @ model.transformer.h[-1].attn.c_attn.weight.T
-    plain += model.transformer.h[-1].attn.c_attn.bias
+    model.idx = idx
+    x = torch.randn(2, 11, 24)
+    layer = model.transformer.h[-1].attn.c_attn
+    qkv = layer(x)
+    plain = layer.c_attn(x)
     added = (qkv - plain)[..., -12:].unflatten(-1, (2, 6))  # nkv heads of hs
     torch.testing.assert_close(qkv[..., :-12], plain[..., :-12])
     gate = 2 * torch.sigmoid(model.gates[-1](x))  # n_embd is below 32
     table = model.transformer["wve"][-1]
     wanted = racer.SCALE * table(idx).unflatten(-1, (2, 6)) * gate[..., None]
     torch.testing.assert_close(added, wanted, atol=1e-5, rtol=1e-5)
+    logits = model(idx)[0]
+    other = copy.deepcopy(model)
+    torch.nn.init.zeros_(model.transformer["wve"][0].weight)  # the copy has its own
+    assert torch.equal(other(idx)[0], logits) and not torch.equal(model(idx)[0], logits)
+    quantized = fast.quantize(other, "int8")(idx)[0]
+    assert 0 < (quantized - logits).norm() < 0.1 * logits.norm()
 
 
-def test_a_run(data_dir, tmp_path, monkeypatch):
+def test_a_run(data_dir, tmp_path, monkeypatch, fails):
     """The tables learn at an embedding's rate, the gates learn too; what saves it, loads it."""
-    monkeypatch.setattr(train, "GPT", racer.Racer)
+    monkeypatch.setattr(train, "GPT", train.GPT)  # main sets it: put it back
+    fails(2, lambda: racer.main(racer.Config(init_from="gpt2")), "--init_from")
     settings = dict(block_size=15, n_layer=2, n_head=2, n_embd=12, batch_size=3, dropout=0.2,
                     eval_iters=1, sample_tokens=3, mixed_precision="no")
     made = train.make_optimizers
@@ -53,7 +64,7 @@ def test_a_run(data_dir, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "make_optimizers", look)
     folder = str(tmp_path / "run")
-    result = train.main(racer.Config("tiny", str(data_dir), folder, max_iters=6, **settings))
+    result = racer.main(racer.Config("tiny", str(data_dir), folder, max_iters=6, **settings))
     assert rates["transformer.wve.1.weight"] == 2.0 and rates["gates.1.weight"] == 1.0
     weights = result["model"].state_dict()
     assert weights["gates.1.weight"].all()  # they begin at 0

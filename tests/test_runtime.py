@@ -395,10 +395,14 @@ def test_fp16_on_a_cpu_warns_and_is_fp32(capsys):
 
 
 def test_a_resumed_run_keeps_its_precision(tmp_path):
-    """Would catch an Accelerator made from this command's default, on a machine where that is
-    another precision than the run's."""
+    """Would catch the default of this command, which may be another precision on this machine."""
+    damaged = tmp_path / "checkpoint-000009"
+    for name in ("checkpoint-000005", damaged.name):
+        (tmp_path / name).mkdir()
+    (damaged / "run.json").write_text("{")
     for own in ("bf16", ["bf16"]):
-        (tmp_path / "run.json").write_text(json.dumps({"train": {"mixed_precision": own}}))
+        saved = json.dumps({"train": {"mixed_precision": own}})
+        (tmp_path / "checkpoint-000005/run.json").write_text(saved)
         wanted = "bf16" if own == "bf16" else "auto"
         assert runtime.own_precision(train.Config(resume=True), tmp_path) == wanted
     given = train.Config(resume=True, mixed_precision="no")

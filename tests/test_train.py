@@ -385,7 +385,11 @@ def test_the_runs_own_settings(copied, finished, capsys, monkeypatch):
     optimizer whose settings come from the checkpoint although others were given."""
     made, plain = [], train.make_optimizers
     monkeypatch.setattr(train, "make_optimizers", lambda *a: made.append(plain(*a)) or made[-1])
+    asked, make = [], runtime.make_accelerator
+    monkeypatch.setattr(runtime, "make_accelerator",
+                        lambda wanted, **more: asked.append(wanted) or make(wanted, **more))
     train.main(typed("--out_dir", copied.out_dir, "--resume"))
+    assert asked == ["no"]  # this command's default is "auto", bf16 on some machines
     assert same_weights(weights(copied), weights(finished[0]))
     runtime.remove(newest(copied))
     said = dict(weight_decay=0.3, beta2=0.5, momentum=0.7, dropout=0.0, max_iters=13)
