@@ -62,6 +62,7 @@ if __name__ == "__main__":
 import numpy as np
 import requests
 import tiktoken
+from tiktoken_ext.openai_public import r50k_pat_str
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
 from tqdm import tqdm
@@ -262,6 +263,7 @@ class Tokenizer:
     def __init__(self, name, engine, eot_id=None, made_here=False):
         self.name, self.engine, self.made_here = name, engine, made_here
         self.tiktoken = isinstance(engine, tiktoken.Encoding)
+        self.fast = None  # the same by tiktoken, for texts without a LONG_RUN
         if self.tiktoken:
             self.vocab_size, self.eot_id = engine.n_vocab, engine.eot_token
             return
@@ -277,6 +279,8 @@ class Tokenizer:
         """list of str -> list of integer arrays."""
         if self.tiktoken:
             return [self.engine.encode_to_numpy(t, disallowed_special=()) for t in texts]
+        if self.fast and all(map(has_no_long_run, texts)):
+            return [self.fast.encode_to_numpy(text, disallowed_special=()) for text in texts]
         rows = self.engine.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(row.ids, dtype=np.uint32) for row in rows]
 
@@ -387,7 +391,27 @@ def make_tokenizer(name, pieces, n_bytes=None, vocab_size=None):
     stop = None if n_bytes else SAMPLE // PIECE * 16
     sample = itertools.islice(pieces(), 0, stop, (n_bytes or 0) // SAMPLE + 1)
     engine.train_from_iterator((text for _, text, _ in sample), trainer)
-    return Tokenizer("tokenizer.json", engine, made_here=True)
+    tokenizer = Tokenizer("tokenizer.json", engine, made_here=True)
+    tokenizer.fast = as_tiktoken(engine)
+    return tokenizer
+
+
+def as_tiktoken(engine):
+    """A tiktoken.Encoding with the merges of a byte-level BPE: the same ids, six times as fast."""
+    as_they_are = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2's bytes as letters
+    others = [b for b in range(256) if b not in as_they_are]
+    byte_of = {chr(b): b for b in as_they_are} | {chr(256 + i): b for i, b in enumerate(others)}
+    vocabulary = engine.get_vocab()
+    special = {END_OF_TEXT: vocabulary.pop(END_OF_TEXT)}
+    ranks = {bytes(byte_of[c] for c in token): i for token, i in vocabulary.items()}
+    return tiktoken.Encoding("bpe", pat_str=r50k_pat_str, mergeable_ranks=ranks,
+                             special_tokens=special)
+
+
+def has_no_long_run(text):
+    """False where LONG_RUN may match: a faster question than a search for it."""
+    blank = any(c * 64 in text for c in " \n\t\r")
+    return not blank and max(map(len, text.split()), default=0) < 128
 
 
 # --- tokens -> files -------------------------------------------------------------------------

@@ -240,6 +240,15 @@ def test_long_runs_alone_are_cut(text):
     assert max(len(part) for part, _ in cut.pre_tokenize_str(text + "x" * 1000)) <= 228
 
 
+@given(adversarial() | st.text(alphabet="ab \n", max_size=200))
+@example("it" + "x" * 300 + " is " + "\n" * 200 + "'ll <|endoftext|>")
+@example("\x1c".join("ab" * 60))
+def test_tiktoken_gives_the_ids_of_our_bpe(bpe, text):
+    """Would catch merges in another order, bytes under another letter, text cut elsewhere."""
+    assert bpe.fast is not None
+    assert bpe.encode(text) == bpe.engine.encode(text, add_special_tokens=False).ids
+
+
 def test_threads_keep_the_order():
     """Results that come when they are ready would shuffle the text; all at once fill memory."""
     started = []
@@ -264,6 +273,7 @@ def test_bpe_sample_is_bounded_and_spread(make, tmp_path, monkeypatch, small_pie
         counted.extend(texts)
 
     monkeypatch.setattr(prepare.HFTokenizer, "train_from_iterator", train)
+    monkeypatch.setattr(prepare, "as_tiktoken", lambda engine: None)  # nothing was trained
     monkeypatch.setattr(prepare, "SAMPLE", 1000)
     pieces = [("train", f"{i:064}", False) for i in range(1000)]
     prepare.make_tokenizer("bpe", lambda: pieces, 64_000, 300)
