@@ -739,7 +739,8 @@ def main(cfg):
         return compare(cfg.compare)
     transformers.utils.logging.set_verbosity_error()  # what it warns of is said here in a line
     transformers.utils.logging.disable_progress_bar()
-    accelerator = runtime.make_accelerator(runtime.own_precision(cfg, cfg.out_dir))
+    accelerator = runtime.make_accelerator(
+        runtime.own_setting(cfg, cfg.out_dir, "mixed_precision"))
     if cfg.predict:
         return print_predictions(cfg, accelerator)
     if not cfg.eval_only:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import configurator
 
-configurator.tune_threads()  # before torch loads
+if __name__ == "__main__":
+    configurator.tune_threads()  # before torch loads
 
 import torch
 from torch import nn

@@ -430,16 +430,17 @@ def fits(value, hint):
     return isinstance(value, hint) or isinstance(value, int) and isinstance(0.0, hint)
 
 
-def own_precision(cfg, out_dir):
-    """cfg.mixed_precision; on resume the run's setting, where this command gives none ('auto' is
-    resolved on this machine). Called before find_run, because an Accelerator is made first."""
-    if cfg.resume and "mixed_precision" not in given_names(cfg):
+def own_setting(cfg, out_dir, name):
+    """cfg's setting `name`; on resume the run's own, where this command gives none. For what an
+    Accelerator needs to know, which is made before find_run."""
+    if cfg.resume and name not in given_names(cfg):
         for folder in (*checkpoints(out_dir), Path(out_dir)):
             with contextlib.suppress(OSError, ValueError):  # find_run says what is wrong
                 saved = read_run(folder)
-                own = (saved.get("train") or saved.get("config") or {}).get("mixed_precision")
-                return own if own in ("auto", "fp16", "bf16", "no") else cfg.mixed_precision
-    return cfg.mixed_precision
+                own = (saved.get("train") or saved.get("config") or {}).get(name)
+                if fits(own, typing.get_type_hints(type(cfg))[name]):
+                    return own
+    return getattr(cfg, name)
 
 
 def check_same(folder, saved, wanted):

@@ -144,7 +144,7 @@ class CUDAGraphStep:
         cache.graph_position = None
 
     def __call__(self, token, position):
-        """token (B, 1) at `position` -> logits (B, V)."""
+        """token (B, 1) at `position` -> logits (B, V), the same tensor at every call."""
         self.token.copy_(token)
         self.position.fill_(position)
         self.graph.replay()

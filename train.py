@@ -316,15 +316,16 @@ def main(cfg, script="train.py"):
     and the rows of log.csv. Raises UserError.
     """
     check_config(cfg)
-    tracker = None if cfg.log_with == "none" else cfg.log_with
+    out_dir = Path(cfg.out_dir or f"out/{cfg.dataset}")
+    precision = runtime.own_setting(cfg, out_dir, "mixed_precision")
+    tracker = runtime.own_setting(cfg, out_dir, "log_with")
+    tracker = None if tracker == "none" else tracker
     if tracker:
         from accelerate.tracking import get_available_trackers  # slow
 
         if tracker not in map(str, get_available_trackers()):
             raise UserError(f"--log_with={tracker} needs a package: pip install {tracker}")
-    out_dir = Path(cfg.out_dir or f"out/{cfg.dataset}")
-    accelerator = runtime.make_accelerator(runtime.own_precision(cfg, out_dir), log_with=tracker,
-                                           project_dir=out_dir)
+    accelerator = runtime.make_accelerator(precision, log_with=tracker, project_dir=out_dir)
     if cfg.dry_run:
         return train(cfg, accelerator, out_dir, None)
     with runtime.hold_run(accelerator, script, out_dir) as stop:

@@ -394,18 +394,20 @@ def test_fp16_on_a_cpu_warns_and_is_fp32(capsys):
     assert runtime.clock_text(7384) == "2:03:04"
 
 
-def test_a_resumed_run_keeps_its_precision(tmp_path):
-    """Would catch the default of this command, which may be another precision on this machine."""
-    damaged = tmp_path / "checkpoint-000009"
-    for name in ("checkpoint-000005", damaged.name):
-        (tmp_path / name).mkdir()
+def test_what_an_accelerator_needs_comes_from_the_run(tmp_path):
+    """Would catch the defaults of this command: another precision on this machine, no tracker."""
+    older, damaged = tmp_path / "checkpoint-000005", tmp_path / "checkpoint-000009"
+    for folder in (older, damaged):
+        folder.mkdir()
     (damaged / "run.json").write_text("{")
-    for own in ("bf16", ["bf16"]):
-        saved = json.dumps({"train": {"mixed_precision": own}})
-        (tmp_path / "checkpoint-000005/run.json").write_text(saved)
-        wanted = "bf16" if own == "bf16" else "auto"
-        assert runtime.own_precision(train.Config(resume=True), tmp_path) == wanted
-    given = train.Config(resume=True, mixed_precision="no")
-    assert runtime.own_precision(given, tmp_path) == "no"
-    assert runtime.own_precision(train.Config(), tmp_path) == "auto"
-    assert runtime.own_precision(train.Config(resume=True), tmp_path / "none") == "auto"
+
+    def own(name, folder=tmp_path, **given):
+        return runtime.own_setting(train.Config(**given), folder, name)
+
+    settings = {"mixed_precision": "bf16", "log_with": "tensorboard"}
+    (older / "run.json").write_text(json.dumps({"train": settings}))
+    assert {name: own(name, resume=True) for name in settings} == settings
+    assert own("mixed_precision", resume=True, mixed_precision="no") == "no"
+    assert own("mixed_precision") == own("mixed_precision", tmp_path / "no", resume=True) == "auto"
+    (older / "run.json").write_text(json.dumps({"config": {"mixed_precision": ["bf16"]}}))
+    assert own("mixed_precision", resume=True) == "auto"

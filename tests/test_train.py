@@ -380,6 +380,15 @@ def test_another_accumulation_goes_on(config, tmp_path):
     assert close_weights(weights(whole), weights(half))
 
 
+def test_a_resumed_run_keeps_its_tracker(config):
+    """Would catch an Accelerator made without the tracker that only the first command named."""
+    cfg = config(log_with="tensorboard", max_iters=4)
+    train.main(cfg)
+    before = set(Path(cfg.out_dir).rglob("events.*"))
+    train.main(typed("--out_dir", cfg.out_dir, "--resume", "--max_iters=7"))
+    assert before and set(Path(cfg.out_dir).rglob("events.*")) > before
+
+
 def test_the_runs_own_settings(copied, finished, capsys, monkeypatch):
     """Would catch a resume that needs all options again, or changes what nobody named; and an
     optimizer whose settings come from the checkpoint although others were given."""
