@@ -12,6 +12,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 GROUP = 32  # inputs that share a scale and an offset in int4
+MOST_SCORES = 512  # a longer context would pay with too much memory
 
 
 def cpu_has(*features):
@@ -33,35 +34,33 @@ def dropout(x, p=0.5, training=True):
 
 def scaled_dot_product_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False,
                                  enable_gqa=False):
-    """F.scaled_dot_product_attention. On a CPU PyTorch has no fused kernel with dropout, and its
-    fallback uses the slow dropout above; this one uses the fast one.
+    """F.scaled_dot_product_attention. On a CPU PyTorch's fused kernel has no dropout, and in bf16
+    it takes up to four times as long as the plain products here; both keep T x T scores.
 
     q (B, nh, T, hs), k and v (B, nkv, T, hs) -> (B, nh, T, hs).
     """
-    if dropout_p == 0 or q.device.type != "cpu" or attn_mask is not None or not is_causal:
+    T = q.size(2)
+    pays = dropout_p > 0 or q.dtype == torch.bfloat16 and T <= MOST_SCORES
+    if not pays or q.device.type != "cpu" or attn_mask is not None or not is_causal:
         return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal,
                                               enable_gqa=enable_gqa)
     if enable_gqa:
         k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
-    future = torch.ones(q.size(2), q.size(2), dtype=torch.bool).triu(1)  # (T, T)
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, nh, T, T)
-    weights = scores.masked_fill(future, -torch.inf).softmax(-1, dtype=q.dtype)
-    return dropout(weights, dropout_p) @ v
+    future = torch.full((T, T), -torch.inf, dtype=q.dtype).triu(1)  # added: 0 for the past
+    scores = (q * (1 / math.sqrt(q.size(-1)))) @ k.transpose(-2, -1) + future  # (B, nh, T, T)
+    return dropout(scores.softmax(-1, dtype=q.dtype), dropout_p) @ v
 
 
 class Linear(nn.Linear):
-    """nn.Linear. Without gradients, one fp32 row on a CPU goes through numpy, whose matrix-vector
-    product uses all cores where PyTorch's uses one: a third of the time of a decoding step."""
+    """nn.Linear. Without gradients, fp32 on a CPU goes through oneDNN, which shares out one row
+    among all cores where PyTorch's MKL uses one: half of the time of a decoding step."""
 
     def forward(self, x):
-        one_row = x.numel() == self.in_features and x.device.type == "cpu"
-        plain = x.dtype == self.weight.dtype == torch.float32
+        plain = x.is_cpu and x.dtype == self.weight.dtype == torch.float32 and x.numel()
         graph = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")
-        if not one_row or not plain or graph:
+        if not plain or graph or not torch.backends.mkldnn.is_available():
             return super().forward(x)
-        y = torch.from_numpy(self.weight.numpy() @ x.numpy().reshape(-1))
-        y = y if self.bias is None else y + self.bias
-        return y.view(*x.shape[:-1], -1)
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
 class Muon(torch.optim.Muon):
@@ -98,9 +97,9 @@ def orthogonalize(x, group):
 
 
 class QuantizedLinear(nn.Module):
-    """A Linear for decoding: weights in bf16, or, on a CPU only, in int8 with one scale an output
-    (each row of x is rounded to 8 bits, too) or in int4 with a scale and an offset for every GROUP
-    inputs of an output. The int8 weights are in no state_dict: quantize after loading."""
+    """A Linear for decoding on a CPU: weights in bf16, in int8 with one scale an output (each row
+    of x is rounded to 8 bits, too) or in int4 with a scale and an offset for every GROUP inputs of
+    an output. Weights in bf16 and int8 are in no state_dict: quantize after loading."""
 
     def __init__(self, linear, kind):
         super().__init__()
@@ -109,7 +108,10 @@ class QuantizedLinear(nn.Module):
         self.out_features = linear.out_features
         weight = linear.weight.detach().float()
         if kind == "bf16":
-            self.register_buffer("weight", weight.bfloat16())
+            self.packed = weight.bfloat16()
+            self.blocked = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+            if self.blocked:  # in the order in which oneDNN's kernel reads them
+                self.packed = torch.ops.mkldnn._reorder_linear_weight(self.packed, 1)
         elif kind == "int8":
             scale = weight.abs().amax(dim=1).clamp(min=1e-8) / 127
             zero_points = torch.zeros(len(scale), dtype=torch.long)
@@ -134,25 +136,24 @@ class QuantizedLinear(nn.Module):
             self.register_buffer("scale", scale)
 
     def forward(self, x):
-        rows = x.reshape(-1, x.size(-1))
-        if self.kind == "bf16" and len(rows) == 1:  # F.linear takes half as long again
-            y = torch.mv(self.weight, rows[0].bfloat16())[None]
+        if self.kind == "bf16" and self.blocked:
+            y = torch.ops.mkldnn._linear_pointwise(x.bfloat16(), self.packed, None, "none", [], "")
         elif self.kind == "bf16":
-            y = F.linear(rows.bfloat16(), self.weight)
-        elif self.kind == "int8" and len(rows) == 1:
-            y = torch.ops.quantized.linear_dynamic(rows.float(), self.packed, self.narrow)
+            y = F.linear(x.bfloat16(), self.packed)
         elif self.kind == "int8":  # the kernel has one scale for all rows: give each row its own
-            rows = rows.float()
-            largest = rows.abs().amax(dim=1, keepdim=True).clamp(min=1e-30)
-            y = torch.ops.quantized.linear_dynamic(rows / largest, self.packed, self.narrow)
-            y = y * largest
+            rows = x.float()
+            if x.numel() > x.size(-1):
+                largest = rows.abs().amax(dim=-1, keepdim=True).clamp(min=1e-30)
+                rows = rows / largest
+            y = torch.ops.quantized.linear_dynamic(rows, self.packed, self.narrow)
+            if x.numel() > x.size(-1):
+                y = y * largest
         else:
-            rows = F.pad(rows.bfloat16(), (0, self.padding)).contiguous()
+            rows = F.pad(x.reshape(-1, x.size(-1)).bfloat16(), (0, self.padding)).contiguous()
             y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.weight, GROUP, self.scale)
-            y = y[:, : self.out_features]
+            y = y[:, : self.out_features].reshape(*x.shape[:-1], -1)
         y = y.to(x.dtype)
-        y = y if self.bias is None else y + self.bias
-        return y.reshape(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
 
 
 def quantize(model, kind):

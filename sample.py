@@ -177,21 +177,9 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
     """Yield the next tokens (B, 1), one step at a time; see `generate`."""
     cache = KVCache(model, idx.size(0), idx.size(1) + max_new_tokens) if kv_cache else None
     ended = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
-    numpy_rows = len(idx) == 1 and idx.device.type == "cpu" and "fast" in sys.modules
-    head = model.lm_head
-    numpy_rows = numpy_rows and kv_cache and isinstance(head, torch.nn.Linear)
-    numpy_rows = numpy_rows and head.weight.dtype == torch.float32
     for _ in range(max_new_tokens):
-        threads = torch.get_num_threads()
-        try:
-            if numpy_rows and cache.filled + 1 == idx.size(1) <= model.config.block_size:
-                # fast.Linear's products use numpy's threads; two pools that wait for each other's
-                # cores are ten times slower
-                torch.set_num_threads(1)
-            logits = next_logits(model, idx, cache)
-            new = sample_token(logits, temperature, top_k, top_p, generator)
-        finally:
-            torch.set_num_threads(threads)
+        logits = next_logits(model, idx, cache)
+        new = sample_token(logits, temperature, top_k, top_p, generator)
         if eos_id is not None:
             new = torch.where(ended, eos_id, new)
             ended = ended | (new == eos_id)

@@ -42,9 +42,17 @@ def test_attention(heads):
     wanted = F.scaled_dot_product_attention(q, k, v, **options)
     almost = fast.scaled_dot_product_attention(q, k, v, dropout_p=1e-9, **options)
     torch.testing.assert_close(almost, wanted, atol=1e-5, rtol=1e-5)
-    for mine, theirs in zip(*(torch.autograd.grad(y.square().sum(), (q, k, v))
+    for mine, theirs in zip(*(torch.autograd.grad(y.square().sum(), (q, k, v), retain_graph=True)
                               for y in (almost, wanted)), strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
+    halves = [x.detach().bfloat16().requires_grad_() for x in (q, k, v)]
+    y = fast.scaled_dot_product_attention(*halves, **options)  # in bf16 without dropout, too
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), wanted, atol=0.03, rtol=0.03)
+    gradients = torch.autograd.grad(y.float().square().sum(), halves)
+    for mine, theirs in zip(gradients, torch.autograd.grad(wanted.square().sum(), (q, k, v)),
+                            strict=True):
+        assert (mine.float() - theirs).norm() < 0.03 * theirs.norm()
     with torch.no_grad():
         dropped = [fast.scaled_dot_product_attention(q, k, v, dropout_p=0.3, **options)
                    for _ in range(2000)]
@@ -60,7 +68,7 @@ def test_attention(heads):
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_linear(bias):
-    """One row goes through numpy, without gradients only; everything else is torch's."""
+    """fp32 goes through oneDNN, without gradients only; everything else is torch's."""
     torch.manual_seed(0)
     mine = fast.Linear(33, 7, bias=bias)
     theirs = torch.nn.Linear(33, 7, bias=bias)
@@ -68,8 +76,9 @@ def test_linear(bias):
     rows = torch.randn(3, 5, 66)[..., ::2]  # not contiguous
     for x in (rows, rows[:1, :1], rows[0, :1], rows[0, 0], rows[:0]):
         with torch.no_grad():
-            torch.testing.assert_close(mine(x), theirs(x))
-            assert mine(x).shape == (*x.shape[:-1], 7)
+            y = mine(x)
+            torch.testing.assert_close(y, theirs(x))
+            assert y.shape == (*x.shape[:-1], 7) and y.dtype == torch.float32
     row = rows[0, :1].clone().requires_grad_()
     mine(row).sum().backward()
     torch.testing.assert_close(row.grad, mine.weight.detach().sum(0, keepdim=True))
@@ -198,6 +207,15 @@ def test_quantized_layer(kind, inputs, outputs):
     torch.testing.assert_close(fast.QuantizedLinear(empty, kind)(x), empty(x), atol=1e-5, rtol=0)
 
 
+def test_bf16_without_its_kernel(monkeypatch):
+    """A CPU for which oneDNN has no bf16 gets the same numbers from PyTorch."""
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(33, 17), torch.randn(2, 3, 33)
+    here = fast.QuantizedLinear(layer, "bf16")(x)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    torch.testing.assert_close(fast.QuantizedLinear(layer, "bf16")(x), here, rtol=0.01, atol=0.01)
+
+
 @pytest.mark.parametrize("kind, error, share", [("bf16", 0.02, 0.5), ("int8", 0.06, 0.3),
                                                 ("int4", 0.35, 0.3)])
 @pytest.mark.parametrize("shape", SHAPES)
@@ -218,10 +236,12 @@ def test_quantized_model(shape, kind, error, share):
         held = [torch.ops.quantized.linear_unpack(packed.get_submodule(name).packed)[0]
                 for name in big]
         size = sum(w.int_repr().nbytes + 4 * len(w) for w in held)  # and their scales
-        assert not any(f"{name}.weight" in state for name in layers)
+    elif kind == "bf16":
+        held = [packed.get_submodule(name).packed for name in big]
+        size = sum(w.numel() * w.element_size() for w in held)
     else:
-        size = sum(state[f"{name}.weight"].nbytes for name in big)
-        size += sum(state[f"{name}.scale"].nbytes for name in big if kind == "int4")
+        size = sum(state[f"{name}.{part}"].nbytes for name in big for part in ("weight", "scale"))
+    assert kind == "int4" or not any(f"{name}.weight" in state for name in layers)
     assert size <= share * sum(ours.state_dict()[f"{name}.weight"].nbytes for name in big)
 
 
