@@ -57,8 +57,9 @@ class Linear(nn.Linear):
 
     def forward(self, x):
         plain = x.is_cpu and x.dtype == self.weight.dtype == torch.float32 and x.numel()
-        graph = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")
-        if not plain or graph or not torch.backends.mkldnn.is_available():
+        other = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")
+        other = other or torch.compiler.is_compiling()  # has kernels of its own
+        if not plain or other or not torch.backends.mkldnn.is_available():
             return super().forward(x)
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
@@ -109,7 +110,7 @@ class QuantizedLinear(nn.Module):
         weight = linear.weight.detach().float()
         if kind == "bf16":
             self.packed = weight.bfloat16()
-            self.blocked = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+            self.blocked = weight.is_cpu and torch.ops.mkldnn._is_mkldnn_bf16_supported()
             if self.blocked:  # in the order in which oneDNN's kernel reads them
                 self.packed = torch.ops.mkldnn._reorder_linear_weight(self.packed, 1)
         elif kind == "int8":
