@@ -12,7 +12,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 GROUP = 32  # inputs that share a scale and an offset in int4
-MOST_SCORES = 512  # a longer context would pay with too much memory
+MAX_TOKENS = 512  # of context: beyond it the scores kept for backward take too much memory
 
 
 def cpu_has(*features):
@@ -34,18 +34,22 @@ def dropout(x, p=0.5, training=True):
 
 def scaled_dot_product_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False,
                                  enable_gqa=False):
-    """F.scaled_dot_product_attention. On a CPU PyTorch's fused kernel has no dropout, and in bf16
-    it takes up to four times as long as the plain products here; both keep T x T scores.
+    """F.scaled_dot_product_attention. On a CPU PyTorch's fused kernel has no dropout, and training
+    in bf16 it takes up to four times as long as the plain products here, which keep T x T scores
+    and round them to bf16.
 
     q (B, nh, T, hs), k and v (B, nkv, T, hs) -> (B, nh, T, hs).
     """
-    T = q.size(2)
-    pays = dropout_p > 0 or q.dtype == torch.bfloat16 and T <= MOST_SCORES
-    if not pays or q.device.type != "cpu" or attn_mask is not None or not is_causal:
+    # without gradients the products gain nothing
+    pays = dropout_p > 0 or (q.dtype == torch.bfloat16 and torch.is_grad_enabled()
+                             and q.size(-2) <= MAX_TOKENS)
+    plain = q.is_cpu and q.dim() == 4 and q.size(2) == k.size(2)
+    if not pays or not plain or attn_mask is not None or not is_causal:
         return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal,
                                               enable_gqa=enable_gqa)
     if enable_gqa:
         k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
+    T = q.size(2)
     future = torch.full((T, T), -torch.inf, dtype=q.dtype).triu(1)  # added: 0 for the past
     scores = (q * (1 / math.sqrt(q.size(-1)))) @ k.transpose(-2, -1) + future  # (B, nh, T, T)
     return dropout(scores.softmax(-1, dtype=q.dtype), dropout_p) @ v
@@ -57,11 +61,12 @@ class Linear(nn.Linear):
 
     def forward(self, x):
         plain = x.is_cpu and x.dtype == self.weight.dtype == torch.float32 and x.numel()
+        plain = plain and x.size(-1) == self.in_features and torch.backends.mkldnn.is_available()
         other = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")
-        other = other or torch.compiler.is_compiling()  # has kernels of its own
-        if not plain or other or not torch.backends.mkldnn.is_available():
+        if not plain or other or torch.compiler.is_compiling():  # which has kernels of its own
             return super().forward(x)
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        bias = None if self.bias is None else self.bias.contiguous()  # oneDNN takes it to be
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, bias, "none", [], "")
 
 
 class Muon(torch.optim.Muon):
@@ -98,9 +103,10 @@ def orthogonalize(x, group):
 
 
 class QuantizedLinear(nn.Module):
-    """A Linear for decoding on a CPU: weights in bf16, in int8 with one scale an output (each row
-    of x is rounded to 8 bits, too) or in int4 with a scale and an offset for every GROUP inputs of
-    an output. Weights in bf16 and int8 are in no state_dict: quantize after loading."""
+    """A Linear for decoding: weights in bf16, or, on a CPU only, in int8 with one scale an output
+    (each row of x is rounded to 8 bits, too) or in int4 with a scale and an offset for every GROUP
+    inputs of an output. Weights in bf16 and int8 are in no state_dict, and oneDNN's can't be
+    copied: quantize last."""
 
     def __init__(self, linear, kind):
         super().__init__()
@@ -110,7 +116,8 @@ class QuantizedLinear(nn.Module):
         weight = linear.weight.detach().float()
         if kind == "bf16":
             self.packed = weight.bfloat16()
-            self.blocked = weight.is_cpu and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+            self.blocked = (weight.is_cpu and torch.backends.mkldnn.is_available()
+                            and torch.ops.mkldnn._is_mkldnn_bf16_supported())
             if self.blocked:  # in the order in which oneDNN's kernel reads them
                 self.packed = torch.ops.mkldnn._reorder_linear_weight(self.packed, 1)
         elif kind == "int8":
@@ -137,24 +144,26 @@ class QuantizedLinear(nn.Module):
             self.register_buffer("scale", scale)
 
     def forward(self, x):
+        rows = x.reshape(-1, x.size(-1))
         if self.kind == "bf16" and self.blocked:
-            y = torch.ops.mkldnn._linear_pointwise(x.bfloat16(), self.packed, None, "none", [], "")
+            rows = rows.bfloat16()
+            y = torch.ops.mkldnn._linear_pointwise(rows, self.packed, None, "none", [], "")
         elif self.kind == "bf16":
-            y = F.linear(x.bfloat16(), self.packed)
+            y = F.linear(rows.bfloat16(), self.packed)
+        elif self.kind == "int8" and len(rows) == 1:
+            y = torch.ops.quantized.linear_dynamic(rows.float(), self.packed, self.narrow)
         elif self.kind == "int8":  # the kernel has one scale for all rows: give each row its own
-            rows = x.float()
-            if x.numel() > x.size(-1):
-                largest = rows.abs().amax(dim=-1, keepdim=True).clamp(min=1e-30)
-                rows = rows / largest
-            y = torch.ops.quantized.linear_dynamic(rows, self.packed, self.narrow)
-            if x.numel() > x.size(-1):
-                y = y * largest
+            rows = rows.float()
+            largest = rows.abs().amax(dim=1, keepdim=True).clamp(min=1e-30)
+            y = torch.ops.quantized.linear_dynamic(rows / largest, self.packed, self.narrow)
+            y = y * largest
         else:
-            rows = F.pad(x.reshape(-1, x.size(-1)).bfloat16(), (0, self.padding)).contiguous()
+            rows = F.pad(rows.bfloat16(), (0, self.padding)).contiguous()
             y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.weight, GROUP, self.scale)
-            y = y[:, : self.out_features].reshape(*x.shape[:-1], -1)
+            y = y[:, : self.out_features]
         y = y.to(x.dtype)
-        return y if self.bias is None else y + self.bias
+        y = y if self.bias is None else y + self.bias
+        return y.reshape(*x.shape[:-1], self.out_features)
 
 
 def quantize(model, kind):

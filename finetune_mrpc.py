@@ -27,7 +27,7 @@ class Config:
     train_file: str = ""  # TSV, CSV, JSONL or parquet; no file at all: GLUE MRPC from the hub
     validation_file: str = ""  # chooses the epoch; none: a fixed stratified tenth of train_file
     test_file: str = ""  # scored once, at the end
-    pooling: Literal["cls", "mean"] = "cls"  # mean: one more layer that begins as the mean token
+    pooling: Literal["cls", "mean"] = "cls"  # mean: one more layer, at first a mean of the tokens
     columns: str = "sentence1,sentence2,label"  # the two texts and the label, of any kind
     max_length: int = 0  # tokens a pair, the rest is cut off; 0: as many as the model takes
     # training
@@ -228,8 +228,8 @@ def load_model(name, accelerator, names=None, pooling="cls"):
 
 
 def add_pooling_layer(model):
-    """Append a layer that begins as four times the mean of all tokens, added to each: attention
-    without preferences. The first token, which the head reads, then holds what a sentence encoder
+    """Append a layer that begins as four times the mean of all tokens, added to each: uniform
+    attention. The first token, which the head reads, then holds what a sentence encoder
     was trained for (Reimers & Gurevych 2019), and the model stays a plain BERT, one layer deeper.
     """
     try:
@@ -242,11 +242,11 @@ def add_pooling_layer(model):
                 linear.bias.zero_()
             attention.value.weight.fill_diagonal_(1.0)
             out.dense.weight.fill_diagonal_(4.0)
+        out.LayerNorm.reset_parameters()
+        layer.output.LayerNorm.reset_parameters()
     except AttributeError as error:
         raise UserError(f"--pooling=mean knows BERT's and RoBERTa's layers, not those of "
                         f"{type(model).__name__}; leave it out", 2) from error
-    out.LayerNorm.reset_parameters()
-    layer.output.LayerNorm.reset_parameters()
     layers.append(layer)
     model.config.num_hidden_layers = len(layers)
 

@@ -7,8 +7,21 @@ import pytest
 import torch
 from test_model import SHAPES, make, replace, tokens
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fast
+
+
+class Operators(TorchDispatchMode):
+    """The names of the operators that run inside a `with` block, in `seen`."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.9, 0.999999])
@@ -46,8 +59,15 @@ def test_attention(heads):
                               for y in (almost, wanted)), strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
     halves = [x.detach().bfloat16().requires_grad_() for x in (q, k, v)]
-    y = fast.scaled_dot_product_attention(*halves, **options)  # in bf16 without dropout, too
-    assert y.dtype == torch.bfloat16
+    for gradients in (False, True):  # in bf16 without dropout, too, but only for training
+        with Operators() as operators, torch.set_grad_enabled(gradients):
+            y = fast.scaled_dot_product_attention(*halves, **options)
+        assert y.dtype == torch.bfloat16
+        assert any("flash" in name for name in operators.seen) != gradients
+    q0, *rest = (x[:, :1] for x in halves)
+    fewer = q0[:, :, :3], *rest  # queries than keys: left to torch
+    assert torch.equal(*(function(*fewer, dropout_p=0.0, is_causal=True) for function in (
+        fast.scaled_dot_product_attention, F.scaled_dot_product_attention)))
     torch.testing.assert_close(y.float(), wanted, atol=0.03, rtol=0.03)
     gradients = torch.autograd.grad(y.float().square().sum(), halves)
     for mine, theirs in zip(gradients, torch.autograd.grad(wanted.square().sum(), (q, k, v)),
@@ -69,6 +89,8 @@ def test_attention(heads):
 @pytest.mark.parametrize("bias", [False, True])
 def test_linear(bias):
     """fp32 goes through oneDNN, without gradients only; everything else is torch's."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this PyTorch has no oneDNN")
     torch.manual_seed(0)
     mine = fast.Linear(33, 7, bias=bias)
     theirs = torch.nn.Linear(33, 7, bias=bias)
@@ -76,7 +98,9 @@ def test_linear(bias):
     rows = torch.randn(3, 5, 66)[..., ::2]  # not contiguous
     for x in (rows, rows[:1, :1], rows[0, :1], rows[0, 0], rows[:0]):
         with torch.no_grad():
-            y = mine(x)
+            with Operators() as operators:
+                y = mine(x)
+            assert any("mkldnn" in name for name in operators.seen) == (x.numel() > 0)
             torch.testing.assert_close(y, theirs(x))
             assert y.shape == (*x.shape[:-1], 7) and y.dtype == torch.float32
     row = rows[0, :1].clone().requires_grad_()
@@ -93,6 +117,12 @@ def test_linear(bias):
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(mine, backend=backend)(rows), theirs(rows))
     assert seen and not any("mkldnn" in target for target in seen)
+    if bias:  # read as if it were contiguous
+        mine.bias = torch.nn.Parameter(torch.randn(14)[::2])
+        with torch.no_grad():
+            torch.testing.assert_close(mine(rows), F.linear(rows, mine.weight, mine.bias))
+    with torch.no_grad(), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        mine(rows[..., :-1])
     double = fast.Linear(33, 7, bias=bias).double()
     with torch.no_grad():
         assert double(rows[0, :1].double()).dtype == torch.float64
@@ -217,11 +247,11 @@ def test_quantized_layer(kind, inputs, outputs):
 
 
 def test_bf16_without_its_kernel(monkeypatch):
-    """A CPU for which oneDNN has no bf16 gets the same numbers from PyTorch."""
+    """A PyTorch without oneDNN gives the same numbers."""
     torch.manual_seed(0)
     layer, x = torch.nn.Linear(33, 17), torch.randn(2, 3, 33)
     here = fast.QuantizedLinear(layer, "bf16")(x)
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     torch.testing.assert_close(fast.QuantizedLinear(layer, "bf16")(x), here, rtol=0.01, atol=0.01)
 
 
