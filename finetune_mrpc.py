@@ -27,7 +27,6 @@ class Config:
     train_file: str = ""  # TSV, CSV, JSONL or parquet; no file at all: GLUE MRPC from the hub
     validation_file: str = ""  # chooses the epoch; none: a fixed stratified tenth of train_file
     test_file: str = ""  # scored once, at the end
-    pooling: Literal["cls", "mean"] = "cls"  # mean: one more layer, at first a mean of the tokens
     columns: str = "sentence1,sentence2,label"  # the two texts and the label, of any kind
     max_length: int = 0  # tokens a pair, the rest is cut off; 0: as many as the model takes
     # training
@@ -64,7 +63,6 @@ if __name__ == "__main__":
     CFG = load(Config)  # parse before the slow imports: --help answers at once
 
 import contextlib
-import copy
 import csv
 import hashlib
 import json
@@ -197,9 +195,9 @@ def loading(name):
 # model
 
 
-def load_model(name, accelerator, names=None, pooling="cls"):
+def load_model(name, accelerator, names=None):
     """(model, tokenizer) of a hub name or folder. names: those of the labels that a new head is
-    made for; None: the model must be fine-tuned already. pooling: as in Config."""
+    made for; None: the model must be fine-tuned already."""
     # On a CPU sdpa takes 1.4 times as long as eager (2 cores, bf16).
     options = {"attn_implementation": "eager" if accelerator.device.type == "cpu" else None,
                "dtype": torch.float32, "output_loading_info": True}
@@ -220,35 +218,9 @@ def load_model(name, accelerator, names=None, pooling="cls"):
         raise UserError(f"{name} is not fine-tuned on pairs, it has no {new[0]}; train it first")
     if tokenizer.pad_token_id is None:
         raise UserError(f"the tokenizer of {name} has no padding token; choose a model like BERT")
-    if pooling == "mean":
-        add_pooling_layer(model)
     print0(f"model: {name}, {model.num_parameters() / 1e6:.1f}M parameters, "
            f"new: {', '.join(new) or 'nothing'}")
     return model.to(accelerator.device), tokenizer
-
-
-def add_pooling_layer(model):
-    """Append a layer that begins as four times the mean of all tokens, added to each: uniform
-    attention. The first token, which the head reads, then holds what a sentence encoder
-    was trained for (Reimers & Gurevych 2019), and the model stays a plain BERT, one layer deeper.
-    """
-    try:
-        layers = model.base_model.encoder.layer
-        layer = copy.deepcopy(layers[-1])
-        attention, out = layer.attention.self, layer.attention.output
-        with torch.no_grad():
-            for linear in (attention.query, attention.value, out.dense, layer.output.dense):
-                linear.weight.zero_()
-                linear.bias.zero_()
-            attention.value.weight.fill_diagonal_(1.0)
-            out.dense.weight.fill_diagonal_(4.0)
-        out.LayerNorm.reset_parameters()
-        layer.output.LayerNorm.reset_parameters()
-    except AttributeError as error:
-        raise UserError(f"--pooling=mean knows BERT's and RoBERTa's layers, not those of "
-                        f"{type(model).__name__}; leave it out", 2) from error
-    layers.append(layer)
-    model.config.num_hidden_layers = len(layers)
 
 
 def label_ids(model, labels):
@@ -490,7 +462,7 @@ def train(cfg, accelerator, data, labels, stop, start):
     # ---- model and pairs
     out_dir = Path(cfg.out_dir)
     torch.manual_seed(cfg.seed)  # of the new head
-    model, tokenizer = load_model(cfg.model, accelerator, list(labels.values()), cfg.pooling)
+    model, tokenizer = load_model(cfg.model, accelerator, list(labels.values()))
     model.config.both_orders = cfg.both_orders  # best/ knows how to predict
     tokenizer.model_max_length = cfg.max_length or tokenizer.model_max_length
     collate = transformers.DataCollatorWithPadding(tokenizer)
@@ -515,7 +487,7 @@ def train(cfg, accelerator, data, labels, stop, start):
     state = {"iteration": 0, "tokens": 0, "loss_sum": 0.0, "loss_pairs": 0, "skipped": 0,
              "metrics": None, "best_f1": -1.0, "resumed": [], "total": total}
     if folder:
-        runtime.check_same(folder, {"pooling": "cls"} | saved.get("same", {}), same)  # older runs
+        runtime.check_same(folder, saved.get("same", {}), same)
         was = saved.get("state", {})
         if was.keys() != state.keys() or was["iteration"] != int(folder.name[11:]):
             raise UserError(f"{folder} is of another version; start a new --out_dir")
@@ -632,7 +604,7 @@ def train(cfg, accelerator, data, labels, stop, start):
 
 def what_stays(cfg, data, labels, global_batch):
     """{name: value} of what a checkpoint is bound to."""
-    names = ("model", "pooling", "seed", "length_window", "both_orders", "max_length")
+    names = ("model", "seed", "length_window", "both_orders", "max_length")
     same = {name: getattr(cfg, name) for name in names}
     same |= {"pairs an iteration": global_batch, "labels": list(labels)}
     for split in ("train", "validation"):

@@ -361,12 +361,12 @@ mrpc clear: --max_epochs=0 --max_epochs=1.5 --batch_size=0 --batch_size=84 --bat
   --out_dir=out/mrpc&--overwrite&--train_file=nope
   --out_dir=out/mrpc&--overwrite&--model=out/mrpc/best
 mrpc ok: --batch_size=83 --batch_size=7&--gradient_accumulation_steps=3 --max_iters=1 --max_length=8
-  --length_window=0&--both_orders --seeds=1,2&--max_iters=1 --validation_file= --pooling=mean
+  --length_window=0&--both_orders --seeds=1,2&--max_iters=1 --validation_file=
   --test_file=dev.tsv&--max_iters=2 --eval_batch_size=1 --predict&dev.tsv&--model=out/mrpc/best
   --eval_only&--model=out/mrpc/best --compare&out/mrpc&out/mrpc --learning_rate=0
   --predict&%F0%9F%98%80&%F0%9F%98%80&--model=out/mrpc/best
 mrpc-again clear: --max_epochs=1 --max_iters=3 --batch_size=3 --seed=1 --train_file=dev.tsv
-  --model=nope --max_length=9 --both_orders --seeds=1,2 --overwrite --pooling=mean
+  --model=nope --max_length=9 --both_orders --seeds=1,2 --overwrite
   --validation_file=train.tsv
 mrpc-again ok: --log_interval=2 --max_epochs=3 --max_epochs=3&--max_iters=23
 roberta clear: --n_head=3 --n_head=0 --n_embd=0 --n_layer=0 --block_size=2 --block_size=1000

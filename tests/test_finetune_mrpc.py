@@ -442,34 +442,6 @@ def test_both_orders(recipe, tmp_path):
     assert mirrored["loss"] == pytest.approx(found["loss"], abs=1e-5)
 
 
-@pytest.mark.parametrize("name", ["bert", "roberta"])
-def test_mean_pooling(name, recipe, home, tmp_path, fails):
-    """A layer that begins as something else than the mean of the tokens, padding left out; a folder
-    that others read with other results; a resumed run without the layer."""
-    accelerator = runtime.make_accelerator("no")
-    model, tokenizer = finetune_mrpc.load_model(str(home / name), accelerator, ["0", "1"], "mean")
-    short, long = "the firm sold", "late last Monday on dollars ten million"
-    pairs = tokenizer([short, long], [long, long], padding=True, return_tensors="pt")
-    *_, before, after = model.eval().base_model(**pairs, output_hidden_states=True).hidden_states
-    mask = pairs["attention_mask"][..., None]
-    assert mask.sum() < mask.numel()
-    mean = (before * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)  # (B, 1, C)
-    wanted = torch.nn.functional.layer_norm(before + 4 * mean, before.shape[-1:])
-    torch.testing.assert_close(after * mask, wanted * mask, atol=1e-4, rtol=1e-4)
-    cfg = replace(recipe, model=str(home / name), pooling="mean", max_epochs=2)
-    found = main(replace(cfg, out_dir=str(tmp_path / "whole")))
-    best = str(tmp_path / "whole" / "best")
-    plain = transformers.AutoModelForSequenceClassification.from_pretrained(best)
-    assert len(plain.base_model.encoder.layer) == 3
-    assert all(p.abs().sum() > 0 for p in plain.base_model.encoder.layer[-1].parameters())
-    again = main(replace(recipe, eval_only=True, model=best, out_dir=str(tmp_path / "eval")))
-    assert again["loss"] == found["loss"]
-    main(replace(cfg, out_dir=str(tmp_path / "part"), max_iters=7))
-    resume(tmp_path / "part", max_iters=0)
-    assert same_weights(tmp_path / "part" / "best", best)
-    fails(2, lambda: resume(tmp_path / "part", pooling="cls"), "pooling is cls but was mean")
-
-
 # ---------------------------------------------------------------------------------------------
 # what is left behind
 
