@@ -1,7 +1,7 @@
 """Stand-ins with torch's names that only make a CPU faster, and quantized weights for decoding.
 
 model.py imports dropout, Linear and scaled_dot_product_attention from here. Delete this file and
-every program computes the same, slower; only sample.py's --quantize is gone.
+every program computes the same up to rounding, slower; only sample.py's --quantize is gone.
 """
 
 import math
@@ -169,7 +169,8 @@ class QuantizedLinear(nn.Module):
 def quantize(model, kind):
     """Replace the Linear layers of an eval-mode model by QuantizedLinear, in place: 'bf16', 'int8'
     or 'int4', a half, a quarter or a sixth of the bytes that a decoding step reads. Embeddings stay
-    as they are. On a GPU the whole model becomes bf16: each conversion would be one more kernel."""
+    as they are. On an NVIDIA GPU the whole model becomes bf16: each conversion would be one more
+    kernel."""
     if kind == "bf16" and model.lm_head.weight.is_cuda:
         return model.bfloat16()
     for module in list(model.modules()):
