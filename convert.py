@@ -44,7 +44,7 @@ from torch.nn import functional as F
 import prepare
 import sample
 from model import GPT, GPTConfig
-from runtime import UserError, commit_folder, disk_errors, first_line, print0, run_script
+from runtime import UserError, commit_folder, disk_errors, one_line, print0, run_script
 
 HUB_FILES = ["*.json", "model*.safetensors"]
 FAMILIES = {  # model_type: {GPTConfig's name: transformers' name}
@@ -140,10 +140,8 @@ def local_folder(name):
 
     remedy = f"{name} is no folder here; one with config.json and model.safetensors is enough"
     prepare.require_network(remedy=remedy)
-    try:
+    with one_line(f"cannot download {name}", remedy, (OSError, ValueError)):  # no such name ...
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
-    except (OSError, ValueError) as error:  # no such model or name, not allowed, cut off
-        raise UserError(f"cannot download {name}: {str(error)[:200]}; {remedy}") from error
 
 
 def load_tokenizer(name):
@@ -189,20 +187,14 @@ def from_pretrained(name, dropout=0.0):
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()  # what it warns of is an error here
     folder = local_folder(name)
-    try:
+    with one_line(f"cannot load {name}"):  # a stranger's file: there are checks of every kind
         hf_config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # a stranger's file: transformers has checks of every kind
-        raise UserError(f"cannot load {name}: {first_line(error)}") from error
-    try:
+    with one_line(f"cannot load {name}", kinds=(KeyError, ValueError)):
         config = gpt_config(hf_config, dropout)
-    except (KeyError, ValueError) as error:
-        raise UserError(f"cannot load {name}: {error}") from error
-    try:
+    with one_line(f"cannot load {name}"):
         hf, differs = transformers.AutoModelForCausalLM.from_pretrained(
             folder, config=hf_config, dtype=torch.float32, attn_implementation="eager",
             use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True)
-    except Exception as error:  # as above
-        raise UserError(f"cannot load {name}: {first_line(error)}") from error
     for kind, keys in differs.items():  # weights that `hf` drew at random, or left out
         keys = [key for key in keys if not str(key).endswith(".attn.masked_bias")]  # in old files
         if keys:
@@ -344,7 +336,8 @@ LLAMA3_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,
 # How a text is cut into words before its BPE: llama.cpp has a fixed list and knows them by name.
 # Runs of 128 letters and more, which prepare.py cuts, are the one place where ids can differ.
 PRE_TOKENIZERS = {
-    ("ByteLevel",): "gpt-2", (prepare.LONG_RUN, "ByteLevel"): "gpt-2", (GPT2_WORDS,): "gpt-2",
+    ("ByteLevel",): "gpt-2", (GPT2_WORDS,): "gpt-2", (prepare.WORDS,): "gpt-2",
+    (r"\p{L}{128}|[^\p{L}\s]{128}|\s{128}", "ByteLevel"): "gpt-2",  # prepare.py's until 2026-11
     ("Digits", "ByteLevel"): "smollm", (LLAMA3_WORDS,): "llama-bpe",
     (LLAMA3_WORDS.replace("{1,3}", ""),): "qwen2",
 }

@@ -82,7 +82,7 @@ from torch.nn.functional import cross_entropy
 
 import prepare
 import runtime
-from runtime import UserError, check_range, derive_seed, print0, run_script
+from runtime import UserError, check_range, derive_seed, one_line, print0, run_script
 
 COLUMNS = ["sentence1", "sentence2", "label"]
 MSR_COLUMNS = {"#1 String": "sentence1", "#2 String": "sentence2", "Quality": "label"}
@@ -111,11 +111,8 @@ def read_table(path):
 
 def read_pairs(path, columns=COLUMNS):
     """The `columns` (two texts, perhaps labels) of a file, as a table with the names COLUMNS."""
-    try:
+    with one_line(f"{path} cannot be read", kinds=(OSError, ValueError)):
         table = read_table(path)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or runtime.first_line(error)
-        raise UserError(f"{path} cannot be read: {reason}") from error
     if table.empty:
         raise UserError(f"{path} holds no pairs, only a header or nothing")
     table = table.rename(columns={old: new for old, new in MSR_COLUMNS.items()
@@ -131,7 +128,7 @@ def read_pairs(path, columns=COLUMNS):
             table[name] = labels.str.replace(r"^0*(\d+)(\.0+)?$", r"\1", regex=True)
         for row, cell in enumerate(table[name], 1):
             if not isinstance(cell, str) or not cell.strip():
-                raise UserError(f"{path}, pair {row}: {column} is empty")
+                raise UserError(f"{path}, pair {row}: {column} is empty, or no text")
     return table.reset_index(drop=True)
 
 
@@ -166,12 +163,10 @@ def load_pairs(cfg):
                             f"{unknown.iloc[0]!r} is none of {', '.join(labels)}"[:300])
         data[split] = table.assign(label=table.label.map(list(labels).index))
     if "validation" not in data:
-        try:
+        with one_line(f"{cfg.train_file} is too small to hold out a tenth",
+                      "give --validation_file", ValueError):
             data["train"], data["validation"] = train_test_split(
                 data["train"], test_size=0.1, random_state=0, stratify=data["train"].label)
-        except ValueError as error:
-            raise UserError(f"{cfg.train_file} is too small to hold out a tenth "
-                            f"({runtime.first_line(error)}); give --validation_file") from error
         print0(f"no --validation_file: a fixed stratified tenth of {cfg.train_file} is held out")
     print0("pairs:", ", ".join(f"{len(table):,} {split}" for split, table in data.items()),
            f"labelled {', '.join(labels.values())}")
@@ -185,10 +180,8 @@ def loading(name):
              "what was downloaded before"
     if not Path(name).is_dir():  # an error at once, not after half a minute of retries
         prepare.require_network(f"{name} is no folder here; {remedy}")
-    try:
+    with one_line(f"cannot load {name}", remedy):  # a stranger's folder, or a cache
         yield
-    except Exception as error:  # anything can be wrong with a stranger's folder or a cache
-        raise UserError(f"cannot load {name} ({runtime.first_line(error)}); {remedy}") from error
 
 
 # ---------------------------------------------------------------------------------------------
@@ -202,17 +195,18 @@ def load_model(name, accelerator, names=None):
     options = {"attn_implementation": "eager" if accelerator.device.type == "cpu" else None,
                "dtype": torch.float32, "output_loading_info": True}
     with loading(name), accelerator.local_main_process_first():
-        config = transformers.AutoConfig.from_pretrained(name)
+        safe = {"trust_remote_code": False}  # no code of a stranger's folder
+        config = transformers.AutoConfig.from_pretrained(name, **safe)
         own = {str(label).lower() for label in config.id2label.values()}
         if names and own != {label.lower() for label in names}:
             options["ignore_mismatched_sizes"] = len(own) != len(names)  # another task's head
             config.id2label = dict(enumerate(names))
             config.label2id = {label: i for i, label in enumerate(names)}
         model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
-            name, config=config, **options)
+            name, config=config, **options, **safe)
         types = ["token_type_ids"] * (getattr(config, "type_vocab_size", 0) > 1)
         tokenizer = transformers.AutoTokenizer.from_pretrained(
-            name, model_input_names=["input_ids", *types, "attention_mask"])
+            name, model_input_names=["input_ids", *types, "attention_mask"], **safe)
     new = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if new and not names:
         raise UserError(f"{name} is not fine-tuned on pairs, it has no {new[0]}; train it first")
@@ -282,10 +276,11 @@ def predict(cfg, accelerator, model, tokenizer, table):
 
 def scores(counts):
     """{metric: (...)} of confusion matrices (..., label, prediction). F1 is that of the second
-    label where there are two, else the mean over the labels."""
+    label where there are two, else the mean over the labels that occur."""
     right = counts.diagonal(axis1=-2, axis2=-1)  # (..., labels)
-    f1 = 2 * right / numpy.maximum(counts.sum(-1) + counts.sum(-2), 1)
-    f1 = f1[..., 1] if counts.shape[-1] == 2 else f1.mean(-1)
+    seen = counts.sum(-1) + counts.sum(-2)  # 0: neither there nor predicted, so not in the mean
+    f1 = 2 * right / numpy.maximum(seen, 1)
+    f1 = f1[..., 1] if counts.shape[-1] == 2 else f1.sum(-1) / (seen > 0).sum(-1)
     accuracy = right.sum(-1) / counts.sum((-1, -2))
     return dict(zip(METRICS, (accuracy, f1, (accuracy + f1) / 2), strict=True))
 
@@ -355,7 +350,8 @@ def report(cfg, accelerator, data, labels, folder, prefix="", **more):
                 picture.plot(ax=figure.subplots(), cmap="Blues", colorbar=False)
                 figure.savefig(out_dir / f"{name}confusion.png")
     write_json(accelerator, out_dir / f"{prefix}results.json", results)
-    print0(f"wrote {prefix}results.json, predictions.tsv and confusion.png into {out_dir}")
+    print0(f"wrote {prefix}results.json, {name}predictions.tsv and {name}confusion.png into "
+           f"{out_dir}")
     return results
 
 
@@ -491,8 +487,15 @@ def train(cfg, accelerator, data, labels, stop, start):
         was = saved.get("state", {})
         if was.keys() != state.keys() or was["iteration"] != int(folder.name[11:]):
             raise UserError(f"{folder} is of another version; start a new --out_dir")
-        state = was
-        check_progress(folder, state, end, total)
+        done, limit = was["iteration"], "--max_iters (0: all)" if end < total else "--max_epochs"
+        extend = f"to extend it give a higher {limit}"
+        if end < done:
+            raise UserError(f"{folder} is past the {end} iterations asked for; {extend}", 2)
+        print0(f"resuming from {folder}" if done < end else
+               f"the run is finished at iteration {done}; {extend}")
+        if total != was["total"]:
+            print0(f"the learning rate now falls to 0 at iteration {total}, not {was['total']}")
+        state = was | {"total": total, "resumed": [*was["resumed"], done]}
 
     # ---- optimizer, run folder
     accelerator.free_memory()  # of the run with the seed before
@@ -533,6 +536,7 @@ def train(cfg, accelerator, data, labels, stop, start):
             tokenizer.save_pretrained(folder)
 
     # ---- the loop
+    stop.catch()
     batches = None
     tokens_before, seconds_before = state["tokens"], 0.0
     model.train()
@@ -592,6 +596,7 @@ def train(cfg, accelerator, data, labels, stop, start):
             stop.exit(signum, out_dir)
 
     # ---- the best epoch, by F1 on the validation pairs
+    stop.release()  # all is saved: Ctrl-C ends it at once
     if end % per_epoch:  # no checkpoint knows of this: one that resumes ends as if never stopped
         state["metrics"] = validate(end)
         if state["best_f1"] < 0:
@@ -613,21 +618,6 @@ def what_stays(cfg, data, labels, global_batch):
     return same
 
 
-def check_progress(folder, state, end, total):
-    """Print what resuming does. Raises UserError where less is asked for than is done."""
-    done = state["iteration"]
-    extend = "to extend it give a higher --max_iters (0: all) or --max_epochs"
-    if end < done:
-        raise UserError(f"{folder} is past the {end} iterations asked for; {extend}", 2)
-    print0(f"resuming from {folder}")
-    if end == done:
-        print0(f"the run is finished at iteration {done}; {extend}")
-    if total != state["total"]:
-        print0(f"the learning rate now falls to 0 at iteration {total}, not {state['total']}")
-    state["resumed"].append(done)
-    state["total"] = total
-
-
 def train_seeds(cfg, accelerator, data, labels, stop, seeds):
     """A run for each seed, in out_dir/seed-N; out_dir gets the means and the best run's files."""
     out_dir = Path(cfg.out_dir)
@@ -638,6 +628,8 @@ def train_seeds(cfg, accelerator, data, labels, stop, seeds):
         one = replace(cfg, seed=seed, seeds="", out_dir=str(folder), resume=resume,
                       overwrite=cfg.overwrite or (cfg.resume and not resume))
         jobs.append((one, runtime.find_run(folder, resume, one.overwrite)))
+    if accelerator.is_main_process and cfg.overwrite:
+        runtime.clear_run(out_dir, *OUTPUTS)
     info = {"script": "finetune_mrpc.py", "config": asdict(cfg),
             "started": time.strftime("%Y-%m-%d %H:%M")}
     write_json(accelerator, out_dir / "run.json", info)
@@ -708,7 +700,11 @@ def check_config(cfg):
                 "warmup_iters", "weight_decay", "grad_clip")
     check_range(cfg, 0, "seed", high=2**63 - 1)
     columns, words = cfg.columns.split(","), cfg.seeds.split(",") if cfg.seeds else []
+    model, trains = Path(cfg.model), not (cfg.eval_only or cfg.predict or cfg.compare)
+    inside = model.is_dir() and model.resolve().is_relative_to(Path(cfg.out_dir).resolve())
     wrong = {
+        "model must lie outside of --out_dir, which the run would overwrite; choose another "
+        "--out_dir": trains and inside,
         "max_length must be 8 or more, or 0": 0 < cfg.max_length < 8,
         "columns must be three names, FIRST,SECOND,LABEL": "" in columns or len({*columns}) != 3,
         "predict takes a file or two texts, in quotation marks and not empty":
@@ -724,14 +720,6 @@ def check_config(cfg):
     return [int(word) for word in words]
 
 
-def check_folder(cfg):
-    """Raise UserError where the run would overwrite the model that it starts from."""
-    model = Path(cfg.model)
-    if model.is_dir() and model.resolve().is_relative_to(Path(cfg.out_dir).resolve()):
-        raise UserError(f"the run would overwrite its own --model {model}; choose another "
-                        "--out_dir", 2)
-
-
 def main(cfg):
     """Train, score, predict or compare. Returns the results, as in results.json."""
     check_config(cfg)
@@ -739,21 +727,17 @@ def main(cfg):
         return compare(cfg.compare)
     transformers.utils.logging.set_verbosity_error()  # what it warns of is said here in a line
     transformers.utils.logging.disable_progress_bar()
-    accelerator = runtime.make_accelerator(
-        runtime.own_setting(cfg, cfg.out_dir, "mixed_precision"))
     if cfg.predict:
-        return print_predictions(cfg, accelerator)
-    if not cfg.eval_only:
-        check_folder(cfg)
-    with runtime.hold_run(accelerator, "finetune_mrpc.py", cfg.out_dir) as stop:
+        return print_predictions(cfg, runtime.make_accelerator(cfg.mixed_precision))
+    with runtime.hold_run("finetune_mrpc.py", cfg.out_dir) as stop:
         if not cfg.eval_only:
-            return run(cfg, accelerator, stop)
-        stop.release()  # there is nothing to save: Ctrl-C ends it at once
+            return run(cfg, stop)
+        accelerator = runtime.make_accelerator(cfg.mixed_precision)
         data, labels = load_pairs(cfg)
         return report(cfg, accelerator, data, labels, finetuned_model(cfg), "eval-")
 
 
-def run(cfg, accelerator, stop):
+def run(cfg, stop):
     """Train with one seed or several, in a folder that is locked. stop: a StopSignal."""
     out_dir = Path(cfg.out_dir)
     single = (out_dir / "log.csv").exists()
@@ -761,10 +745,8 @@ def run(cfg, accelerator, stop):
     if several and single:
         raise UserError(f"{out_dir} holds a run with one seed; choose another --out_dir")
     if several and cfg.resume:
-        try:
+        with one_line(f"cannot resume {out_dir}", kinds=(OSError, ValueError)):
             folder, saved = None, runtime.read_run(out_dir)
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot resume {out_dir}: {runtime.first_line(error)}") from error
     else:
         folder, saved = runtime.find_run(out_dir, cfg.resume, cfg.overwrite)
     if cfg.resume:
@@ -773,6 +755,7 @@ def run(cfg, accelerator, stop):
         cfg = runtime.resume_settings(cfg, saved["config"] | {"predict": (), "compare": ()})
     seeds = check_config(cfg)
     print0("configuration:", ", ".join(f"{k}={v!r}" for k, v in changed(cfg).items()) or "defaults")
+    accelerator = runtime.make_accelerator(cfg.mixed_precision)
     data, labels = load_pairs(cfg)
     if seeds:
         return train_seeds(cfg, accelerator, data, labels, stop, seeds)

@@ -62,12 +62,11 @@ if __name__ == "__main__":
 import numpy as np
 import requests
 import tiktoken
-from tiktoken_ext.openai_public import r50k_pat_str
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
 from tqdm import tqdm
 
-from runtime import UserError, first_line, lock_folder, print0, remove, run_script, sha256
+from runtime import UserError, lock_folder, one_line, print0, remove, run_script, sha256
 
 END_OF_TEXT = "<|endoftext|>"
 ENDS = (END_OF_TEXT, "<|end_of_text|>", "<|im_end|>", "</s>", "<eos>", "[SEP]")  # by preference
@@ -76,8 +75,10 @@ SAMPLE = 1 << 26  # characters that train a BPE: more change little and cost mem
 FORMAT_VERSION = 1
 SPLITS = ("train", "val")
 COUNTS = ("train_tokens", "val_tokens", "train_bytes", "val_bytes")
-# Merging costs the square of a word's length, and DNA or base64 is one word: longer runs are cut.
-LONG_RUN = r"\p{L}{128}|[^\p{L}\s]{128}|\s{128}"
+# GPT-2's words, but of 128 characters at most: merging costs the square of a word's length, and DNA
+# or base64 is one word. tokenizers and tiktoken read this pattern alike.
+WORDS = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}{1,128}| ?\p{N}{1,128}| ?[^\s\p{L}\p{N}]{1,128}"
+         r"|\s{1,128}(?!\S)|\s{1,128}")
 
 # --- sources: what the user named -> local files -> (split, text, ends a document) -----------
 
@@ -97,13 +98,15 @@ def hide_secrets(source):
 def require_network(remedy):
     """Raise UserError at once where the hub cannot be reached: its clients retry for half a minute.
     With HF_HUB_OFFLINE nothing is tested: they look into their cache only."""
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+    offline = [os.environ.get(name, "") for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")]
+    if any(value.upper() in ("1", "ON", "YES", "TRUE") for value in offline):
         return
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:
         with contextlib.suppress(requests.ReadTimeout):  # slow, but there
-            requests.head(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=2)
+            requests.head(hub, timeout=2)
     except OSError:
-        raise UserError(f"cannot reach huggingface.co; {remedy}") from None
+        raise UserError(f"cannot reach {hub}; {remedy}") from None
 
 
 def fetch(url, raw_dir):
@@ -121,7 +124,7 @@ def fetch(url, raw_dir):
             with requests.get(url, stream=True, timeout=(10, 60)) as answer, open(aside, "wb") as f:
                 answer.raise_for_status()
                 f.writelines(answer.iter_content(1 << 16))
-        except (OSError, ValueError) as error:  # those of requests are OSErrors
+        except (requests.RequestException, ValueError) as error:
             why = getattr(getattr(error, "response", None), "status_code", type(error).__name__)
             raise UserError(f"cannot download {shown} ({why}); put it at {path} by hand, or use "
                             "--dataset=stdlib, which needs no network") from None
@@ -145,7 +148,7 @@ def source_files(sources, raw_dir):
         raise UserError("--source is empty; name a file, folder, glob or URL", 2)
     files = []
     for source in map(preset_source, sources):
-        if source == "stdlib":
+        if source == "stdlib" and not Path(source).exists():
             root = Path(sysconfig.get_paths()["stdlib"])
             skip = {"test", "tests", "idlelib", "site-packages", "dist-packages", "__pycache__"}
             found = [p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts)]
@@ -263,7 +266,7 @@ class Tokenizer:
     def __init__(self, name, engine, eot_id=None, made_here=False):
         self.name, self.engine, self.made_here = name, engine, made_here
         self.tiktoken = isinstance(engine, tiktoken.Encoding)
-        self.fast = None  # the same by tiktoken, for texts without a LONG_RUN
+        self.fast = engine if self.tiktoken else None  # a tiktoken.Encoding with the same ids
         if self.tiktoken:
             self.vocab_size, self.eot_id = engine.n_vocab, engine.eot_token
             return
@@ -277,9 +280,7 @@ class Tokenizer:
 
     def encode_batch(self, texts):
         """list of str -> list of integer arrays."""
-        if self.tiktoken:
-            return [self.engine.encode_to_numpy(t, disallowed_special=()) for t in texts]
-        if self.fast and all(map(has_no_long_run, texts)):
+        if self.fast:
             return [self.fast.encode_to_numpy(text, disallowed_special=()) for text in texts]
         rows = self.engine.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(row.ids, dtype=np.uint32) for row in rows]
@@ -334,10 +335,8 @@ def open_tokenizer_file(path, eot_id=None):
     """The Tokenizer of a tokenizer.json; eot_id None: of the end-of-text token that the
     tokenizer_config.json beside it names, or else of the first of ENDS."""
     path = Path(path)
-    try:
+    with one_line(f"tokenizer file {path} cannot be read"):  # tokenizers raises plain Exceptions
         engine = HFTokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises nothing more precise
-        raise UserError(f"tokenizer file {path} cannot be read: {first_line(error)}") from None
     if eot_id is None:
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # not there, not said
             said = json.loads(path.with_name("tokenizer_config.json").read_text(encoding="utf-8"))
@@ -372,7 +371,7 @@ def make_tokenizer(name, pieces, n_bytes=None, vocab_size=None):
     if name not in ("bpe", "char"):
         return open_tiktoken(name)
     if name == "char":
-        characters = sorted(set().union(*(text for _, text, _ in pieces())))
+        characters = sorted(set(itertools.chain.from_iterable(text for _, text, _ in pieces())))
         vocabulary = {c: i for i, c in enumerate([*characters, END_OF_TEXT])}
         engine = HFTokenizer(models.WordLevel(vocabulary, unk_token=END_OF_TEXT))
         engine.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
@@ -380,17 +379,18 @@ def make_tokenizer(name, pieces, n_bytes=None, vocab_size=None):
         engine.add_special_tokens([END_OF_TEXT])
         return Tokenizer("tokenizer.json", engine, made_here=True)
     engine = HFTokenizer(models.BPE())
-    cut = pre_tokenizers.Split(Regex(LONG_RUN), "isolated")
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    engine.pre_tokenizer = pre_tokenizers.Sequence([cut, byte_level])
+    words = pre_tokenizers.Split(Regex(WORDS), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    engine.pre_tokenizer = pre_tokenizers.Sequence([words, byte_level])
     engine.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END_OF_TEXT],
                                   initial_alphabet=byte_level.alphabet(), show_progress=False)
     print0(f"training a BPE of {vocab_size:,} tokens ...")
     # Every k-th piece, so that about SAMPLE characters are counted; of a stream the first ones.
     stop = None if n_bytes else SAMPLE // PIECE * 16
-    sample = itertools.islice(pieces(), 0, stop, (n_bytes or 0) // SAMPLE + 1)
-    engine.train_from_iterator((text for _, text, _ in sample), trainer)
+    texts = (text for _, text, _ in pieces() if text)
+    sample = itertools.islice(texts, 0, stop, (n_bytes or 0) // SAMPLE + 1)
+    engine.train_from_iterator(sample, trainer)
     tokenizer = Tokenizer("tokenizer.json", engine, made_here=True)
     tokenizer.fast = as_tiktoken(engine)
     return tokenizer
@@ -404,14 +404,7 @@ def as_tiktoken(engine):
     vocabulary = engine.get_vocab()
     special = {END_OF_TEXT: vocabulary.pop(END_OF_TEXT)}
     ranks = {bytes(byte_of[c] for c in token): i for token, i in vocabulary.items()}
-    return tiktoken.Encoding("bpe", pat_str=r50k_pat_str, mergeable_ranks=ranks,
-                             special_tokens=special)
-
-
-def has_no_long_run(text):
-    """False where LONG_RUN may match: a faster question than a search for it."""
-    blank = any(c * 64 in text for c in " \n\t\r")
-    return not blank and max(map(len, text.split()), default=0) < 128
+    return tiktoken.Encoding("bpe", pat_str=WORDS, mergeable_ranks=ranks, special_tokens=special)
 
 
 # --- tokens -> files -------------------------------------------------------------------------
@@ -491,10 +484,8 @@ class ConcatTokens:
         start, stop, step = window.indices(len(self))
         if step != 1:
             raise ValueError(f"only slices with a step of 1 can be read, not {window}")
-        inside = [array[max(start - first, 0) : stop - first]
-                  for array, first in zip(self.arrays, self.starts, strict=False)
-                  if first < stop and start < first + len(array)]
-        return inside[0] if len(inside) == 1 else np.concatenate([self.arrays[0][:0], *inside])
+        return np.concatenate([array[max(start - first, 0) : max(stop - first, 0)]
+                               for array, first in zip(self.arrays, self.starts, strict=False)])
 
 
 def shard_folders(folder):
@@ -529,8 +520,8 @@ def read_meta(folder):
                     or not in_range or min(meta[name] for name in COUNTS) < 0):
                 raise ValueError("another version, or damaged")
         except Exception as error:  # it may be a stranger's: anything can be in it
-            raise UserError(f"{part / 'meta.json'} cannot be read ({error!r}); delete {part} and "
-                            "run prepare.py again") from error
+            raise UserError(f"{part / 'meta.json'} cannot be read ({error!r}); if {part} is a data "
+                            "folder, delete it and run prepare.py again") from error
         metas.append({"lossless": True, "tokenizer_sha256": None, **meta})  # older ones do not say
         for name in ("tokenizer", "vocab_size", "eot_id", "dtype", "source", "settings"):
             if meta.get(name) != metas[0].get(name):
@@ -545,13 +536,11 @@ def open_split(folder, split):
     arrays = []
     for part in shard_folders(folder):
         expected = read_meta(part)[f"{split}_tokens"]
-        try:  # no memory map is empty
-            array = np.load(part / f"{split}.npy", mmap_mode="r" if expected else None)
+        file = part / f"{split}.npy"
+        with one_line(f"{file} is damaged", f"delete {part} and run prepare.py again"):
+            array = np.load(file, mmap_mode="r" if expected else None)  # no memory map is empty
             if array.dtype not in (np.uint16, np.uint32) or array.shape != (expected,):
                 raise ValueError(f"{array.dtype} {array.shape} is not {expected} token ids")
-        except Exception as error:  # a stranger's file: numpy raises anything
-            raise UserError(f"{part / split}.npy is damaged ({first_line(error)}); delete {part} "
-                            "and run prepare.py again") from error
         arrays.append(array)
     return arrays[0] if len(arrays) == 1 else ConcatTokens(arrays)
 
@@ -669,7 +658,10 @@ def build(cfg, folder, i, n):
              "settings": [name, vocab_size, cfg.val_fraction]}
     if (folder / "meta.json").exists():
         there = read_meta(folder)
-        if {key: there.get(key) for key in asked} == asked:
+        file = folder / "tokenizer.json"
+        intact = there["tokenizer"] != file.name or (
+            file.is_file() and there["tokenizer_sha256"] in (None, sha256(file)))
+        if intact and {key: there.get(key) for key in asked} == asked:
             sizes = [f"{len(open_split(folder, split)):,} {split}" for split in SPLITS]
             print0(f"{folder} is ready: {' and '.join(sizes)} tokens; nothing to do")
             return

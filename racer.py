@@ -78,7 +78,10 @@ def main(cfg):
     if cfg.init_from != "scratch":
         raise UserError("racer.py cannot start from other weights; leave out --init_from", 2)
     train.GPT = Racer
-    return train.main(cfg, "racer.py")
+    try:
+        return train.main(cfg, "racer.py")
+    finally:
+        train.GPT = GPT
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def run_script(main, cfg):
             with contextlib.suppress(OSError, ValueError):  # drop what could not be printed
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             error = UserError(f"{error.filename or 'standard output'}: {error.strerror}")
-        if is_first_process():
+        if is_first_process() or os.environ.get("LOCAL_RANK") == "0":  # of another machine
             print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(error.code) from None
     except KeyboardInterrupt:
@@ -95,6 +95,19 @@ def check_range(cfg, low, *names, high=math.inf):
 def first_line(error):
     """The first line of an exception's text, its type where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextlib.contextmanager
+def one_line(what, remedy="", kinds=Exception):
+    """Turn an exception of `kinds` in the block into a UserError, "what: its first line; remedy".
+    All kinds are for a stranger's file, which can raise any, never for code that people edit."""
+    try:
+        yield
+    except UserError:
+        raise
+    except kinds as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"{what}: {reason[:300]}{remedy and '; ' + remedy}") from error
 
 
 # ---------------------------------------------------------------------------------------------
@@ -174,13 +187,6 @@ def describe_machine(accelerator):
             "precision": accelerator.mixed_precision, "processes": accelerator.num_processes}
 
 
-def first_process_calls(accelerator, function, *args):
-    """function(*args) on the first process; every process returns its result."""
-    from accelerate.utils import broadcast_object_list
-
-    return broadcast_object_list([function(*args) if accelerator.is_main_process else None])[0]
-
-
 # ---------------------------------------------------------------------------------------------
 # one update: seed, learning rate, bad gradients, signals
 
@@ -221,7 +227,8 @@ class BadUpdates:
 
 
 class StopSignal:
-    """Turns the first SIGINT or SIGTERM into a flag, so that the current update can finish.
+    """Turns the first SIGINT or SIGTERM after `catch` into a flag, so that the current update can
+    finish.
 
     `signum` is 0 until then. The same signal again kills at once. command: what continues the run.
     """
@@ -229,6 +236,9 @@ class StopSignal:
     def __init__(self, command=""):
         self.command, self.signum, self.saved_at = command, 0, time.monotonic()
         self.before = {}
+
+    def catch(self):
+        """From here on there is something to save."""
         with contextlib.suppress(ValueError):  # not in the main thread: nothing to catch
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.before[number] = signal.signal(number, self._catch)
@@ -252,10 +262,8 @@ class StopSignal:
         import torch
 
         late = time.monotonic() - self.saved_at > SAVE_SECONDS
-        mine = [*values, self.signum, late * accelerator.is_main_process]
-        mine = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=accelerator.device)
-                            for v in mine])
-        everyone = accelerator.gather(mine).view(-1, len(mine))  # (processes, values)
+        mine = [float(v) for v in (*values, self.signum, late * accelerator.is_main_process)]
+        everyone = accelerator.gather(torch.tensor([mine], device=accelerator.device))
         *means, _, _ = everyone.mean(0).tolist()
         signum, late = everyone[:, -2:].max(0).values.tolist()
         return means, int(signum), bool(late)
@@ -295,11 +303,15 @@ def lock_folder(folder):
 
 
 @contextlib.contextmanager
-def hold_run(accelerator, script, out_dir):
-    """Hold the run folder and catch signals for as long as the block lasts. Yields a StopSignal."""
-    lock = lock_folder(out_dir) if accelerator.is_main_process else None
+def hold_run(script, out_dir):
+    """Hold the run folder for as long as the block lasts. Yields a StopSignal that catches nothing
+    yet."""
+    lock = lock_folder(out_dir) if is_first_process() else None
     path = sys.argv[0] if Path(sys.argv[0]).name == script else script  # a notebook's is another
-    stop = StopSignal(f"python {shlex.quote(path)} --out_dir={shlex.quote(str(out_dir))} --resume")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    program = "python" if world == 1 else f"torchrun --nproc_per_node {world}"
+    command = [*program.split(), path, f"--out_dir={out_dir}", "--resume"]
+    stop = StopSignal(shlex.join(command))
     try:
         yield stop
     finally:
@@ -430,19 +442,6 @@ def fits(value, hint):
     return isinstance(value, hint) or isinstance(value, int) and isinstance(0.0, hint)
 
 
-def own_setting(cfg, out_dir, name):
-    """cfg's setting `name`; on resume the run's own, where this command gives none. For what an
-    Accelerator needs to know, which is made before find_run."""
-    if cfg.resume and name not in given_names(cfg):
-        for folder in (*checkpoints(out_dir), Path(out_dir)):
-            with contextlib.suppress(OSError, ValueError):  # find_run says what is wrong
-                saved = read_run(folder)
-                own = (saved.get("train") or saved.get("config") or {}).get(name)
-                if fits(own, typing.get_type_hints(type(cfg))[name]):
-                    return own
-    return getattr(cfg, name)
-
-
 def check_same(folder, saved, wanted):
     """Raise one UserError (code 2) that names every setting in which `wanted` differs from `saved`,
     both {name: value}: what a checkpoint was made with cannot change under it."""
@@ -489,7 +488,9 @@ def save_checkpoint(accelerator, folder, write, keep=None):
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             commit_folder(temporary, folder)
-            for old in checkpoints(folder.parent)[keep:] if keep else []:
+            found = checkpoints(folder.parent) if keep else []
+            # those before this one are damaged, a resume passed over them: they do not count
+            for old in found[found.index(folder) + keep :] if keep else []:
                 remove(old)
     accelerator.wait_for_everyone()
 
@@ -516,11 +517,8 @@ def load_checkpoint(accelerator, folder, optimizers):
     those of this run. Only tensors are unpickled (weights_only): a stranger's file runs no code."""
     mine = [[{k: v for k, v in group.items() if k != "params"} for group in o.param_groups]
             for o in optimizers]
-    try:
+    with one_line(f"{folder} cannot be loaded", "start a new --out_dir"):  # right checksums only
         accelerator.load_state(str(folder))
-    except Exception as error:  # right checksums, wrong contents: anything can be in the files
-        raise UserError(f"{folder} cannot be loaded: {first_line(error)[:150]}; start a new "
-                        "--out_dir") from error
     for optimizer, groups in zip(optimizers, mine, strict=True):
         for group, settings in zip(optimizer.param_groups, groups, strict=True):
             group.update(settings)
@@ -551,16 +549,14 @@ def commit_folder(temporary, final):
 
 def verify_checksums(folder):
     """What is wrong with a committed folder, in a few words; None if nothing is."""
-    folder = Path(folder)
-    if not (folder / "SHA256SUMS").is_file():  # a pipe or a device would never end
+    sums = Path(folder, "SHA256SUMS")
+    if not sums.is_file():  # a pipe or a device would never end
         return "SHA256SUMS is missing"
     try:
-        lines = (folder / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
-        for line in lines:
-            checksum, name = line.split("  ", 1)
-            path = folder / name
-            inside = path.resolve().is_relative_to(folder.resolve())
-            if not (inside and path.is_file()):
+        lines = sums.read_text(encoding="utf-8").splitlines()
+        for checksum, name in (line.split("  ", 1) for line in lines):
+            path = (sums.parent / name).resolve()
+            if not (path.is_relative_to(sums.parent.resolve()) and path.is_file()):
                 return f"{name} is no file in it"
             if sha256(path) != checksum:
                 return f"{name} is damaged"

@@ -115,24 +115,21 @@ MODEL_FIELDS = [f.name for f in fields(GPTConfig) if f.name != "vocab_size"]
 # the run
 
 
-def train(cfg, accelerator, out_dir, stop):
-    """The whole run, from top to bottom."""
+def train(cfg, out_dir, stop, checkpoint, saved):
+    """The whole run, from top to bottom. checkpoint, saved: what runtime.find_run found."""
+
+    # -- settings, processes, data; nothing is deleted yet -------------------------------------
+    cfg = settings_of(cfg, checkpoint, saved)
+    tracker = None if cfg.log_with == "none" else cfg.log_with
+    if tracker:
+        from accelerate.tracking import get_available_trackers  # slow
+
+        if tracker not in map(str, get_available_trackers()):
+            raise UserError(f"--log_with={tracker} needs a package: pip install {tracker}")
+    accelerator = runtime.make_accelerator(cfg.mixed_precision, log_with=tracker,
+                                           project_dir=out_dir)
     device = accelerator.device
     world = accelerator.num_processes
-
-    # -- where to start, data, settings; nothing is deleted yet --------------------------------
-    checkpoint, saved = None, {}
-    if not cfg.dry_run:
-        checkpoint, saved = runtime.first_process_calls(
-            accelerator, runtime.find_run, out_dir, cfg.resume, cfg.overwrite)
-    given = ", ".join(f"{k}={v!r}" for k, v in changed(cfg).items())
-    print0("configuration:", given or "defaults")
-    try:
-        cfg = asked = settings_of(cfg, saved if checkpoint else None)
-    except (KeyError, TypeError, ValueError) as error:
-        if not checkpoint:
-            raise
-        raise UserError(f"{checkpoint} is no checkpoint of train.py: {error!r}") from error
     with accelerator.main_process_first():  # a missing preset is prepared once
         meta, data, tokenizer, files = load_data(cfg)
     vocab_size = meta["vocab_size"]
@@ -148,7 +145,7 @@ def train(cfg, accelerator, out_dir, stop):
     cfg = choose_length(cfg, train_windows, rows, measure)
     model = make_model(cfg, vocab_size, saved, tokenizer)
     if checkpoint:
-        check_resume(cfg, checkpoint, saved, meta, model.config)
+        check_resume(cfg, checkpoint, saved, meta, model.config, rows)
     if cfg.sample_start is None:
         text = tokenizer.decode(data["val"][:64])
         words = text.split()[1:4]  # the split may begin inside a word
@@ -159,7 +156,7 @@ def train(cfg, accelerator, out_dir, stop):
 
     # -- optimizers ----------------------------------------------------------------------------
     if cfg.dry_run:
-        announce(cfg, asked, accelerator, model, data, rows)
+        announce(cfg, accelerator, model, data, rows)
         return dry_run(cfg, model, *measure())
     it = int(checkpoint.name[11:]) if checkpoint else 0
     if it > cfg.max_iters:
@@ -177,7 +174,7 @@ def train(cfg, accelerator, out_dir, stop):
     if cfg.compile:
         bare.compile()
 
-    announce(cfg, asked, accelerator, bare, data, rows)
+    announce(cfg, accelerator, bare, data, rows)
     if checkpoint:
         print0(f"resuming from {checkpoint} at iteration {it:,}")
     if checkpoint and it == cfg.max_iters:
@@ -186,7 +183,7 @@ def train(cfg, accelerator, out_dir, stop):
         return {"model": bare.eval(), "tokenizer": tokenizer,
                 "history": runtime.read_log(out_dir / "log.csv")}
     if checkpoint and cfg.max_iters != saved["train"].get("max_iters"):
-        print0(f"extended to {cfg.max_iters:,} iterations: the learning rate continues at "
+        print0(f"the run now ends at iteration {cfg.max_iters:,}: the learning rate continues at "
                f"{lr_at(it, cfg):.2e} on the schedule of that length")
 
     # -- the run folder: from here on the old run is gone --------------------------------------
@@ -195,19 +192,21 @@ def train(cfg, accelerator, out_dir, stop):
     best = saved.get("best_val_loss") or math.inf
     best_iter = saved.get("best_iter", 0)
     bad_updates = runtime.BadUpdates(saved.get("skipped", 0))
-    info = {"script": "train.py", "model": asdict(bare.config), "train": asdict(cfg),
+    info = {"script": "train.py", "model": asdict(bare.config), "train": asdict(cfg), "rows": rows,
             "resumed": saved.get("resumed", []) + ([it] if checkpoint else []),
             "command": saved.get("command") or " ".join(sys.argv), "commit": commit(),
             "machine": runtime.describe_machine(accelerator),
             "started": saved.get("started") or time.strftime("%Y-%m-%d %H:%M")}
     earlier_seconds = saved.get("seconds", 0.0)
+    stop.catch()
     if accelerator.is_main_process:
         with disk_errors(out_dir):
-            if not checkpoint:
+            if cfg.overwrite:
                 runtime.clear_run(out_dir)
-            trim_samples(out_dir / "samples.md", it)
+            trim_samples(out_dir / "samples.md", it if checkpoint else -1)
             write_text(out_dir / "run.json", json.dumps(info, indent=2))
-    log = runtime.RunLog(out_dir, cfg.max_iters, it, accelerator.is_main_process)
+    log = runtime.RunLog(out_dir, cfg.max_iters, it if checkpoint else -1,
+                         accelerator.is_main_process)
     settings = {k: "None" if v is None else v for k, v in asdict(cfg).items()}  # trackers take none
     accelerator.init_trackers(out_dir.name, settings)  # no tracker: nothing happens
     row = {"iter": 0, "tokens": 0}
@@ -317,19 +316,11 @@ def main(cfg, script="train.py"):
     """
     check_config(cfg)
     out_dir = Path(cfg.out_dir or f"out/{cfg.dataset}")
-    precision = runtime.own_setting(cfg, out_dir, "mixed_precision")
-    tracker = runtime.own_setting(cfg, out_dir, "log_with")
-    tracker = None if tracker == "none" else tracker
-    if tracker:
-        from accelerate.tracking import get_available_trackers  # slow
-
-        if tracker not in map(str, get_available_trackers()):
-            raise UserError(f"--log_with={tracker} needs a package: pip install {tracker}")
-    accelerator = runtime.make_accelerator(precision, log_with=tracker, project_dir=out_dir)
     if cfg.dry_run:
-        return train(cfg, accelerator, out_dir, None)
-    with runtime.hold_run(accelerator, script, out_dir) as stop:
-        return train(cfg, accelerator, out_dir, stop)
+        found = runtime.find_run(out_dir, True, False) if cfg.resume else (None, {})
+        return train(cfg, out_dir, None, *found)
+    with runtime.hold_run(script, out_dir) as stop:
+        return train(cfg, out_dir, stop, *runtime.find_run(out_dir, cfg.resume, cfg.overwrite))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -644,14 +635,17 @@ def check_config(cfg):
         raise UserError(f"--dataset {cfg.dataset[:80]} must be a short name without '..'", 2)
 
 
-def settings_of(cfg, saved):
-    """cfg, on resume laid over the settings in the checkpoint's run.json `saved` (else None)."""
+def settings_of(cfg, checkpoint, saved):
+    """cfg, on resume laid over the settings in the checkpoint's run.json `saved`."""
     given = runtime.given_names(cfg)
-    if saved is not None:
-        # what runs made before these options existed used
-        settings = {"schedule": "cosine", "momentum": 0.95,
-                    "embedding_lr": saved["train"]["learning_rate"]}
-        settings |= asdict(GPTConfig(**saved["model"])) | saved["train"]
+    if checkpoint:
+        try:
+            # what runs made before these options existed used
+            settings = {"schedule": "cosine", "momentum": 0.95,
+                        "embedding_lr": saved["train"]["learning_rate"]}
+            settings |= asdict(GPTConfig(**saved["model"])) | saved["train"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{checkpoint} is no checkpoint of train.py: {error!r}") from error
         cfg = runtime.resume_settings(cfg, settings)
     beside = sorted(given & set(MODEL_FIELDS) - {"dropout", "block_size"})
     if beside and cfg.init_from != "scratch":
@@ -687,11 +681,13 @@ def make_model(cfg, vocab_size, saved, tokenizer):
     return model
 
 
-def check_resume(cfg, folder, saved, meta, config):
+def check_resume(cfg, folder, saved, meta, config, rows):
     """Raise one UserError that names everything in which cfg and the data differ from the run."""
     old_meta = prepare.read_meta(folder)
     was = {f"the data's {key}": old_meta.get(key) for key in DATA_IDENTITY}
     now = {f"the data's {key}": meta.get(key) for key in DATA_IDENTITY}
+    was["sequences an iteration"] = saved.get("rows", rows)  # older runs did not say
+    now["sequences an iteration"] = rows
     for name in ("init_from", "optimizer"):
         was[f"--{name}"] = saved["train"].get(name)
         now[f"--{name}"] = getattr(cfg, name)
@@ -703,12 +699,10 @@ def check_resume(cfg, folder, saved, meta, config):
     runtime.check_same(folder, was, now)
 
 
-def announce(cfg, asked, accelerator, model, data, rows):
-    """Print what was chosen beside what was `asked` for, and machine, size and length."""
+def announce(cfg, accelerator, model, data, rows):
+    """Print the resolved configuration, machine, size and length."""
     windows = {split: count_windows(tokens, cfg.block_size) for split, tokens in data.items()}
-    chosen = {k: v for k, v in asdict(cfg).items() if v is not None and v != asdict(asked)[k]}
-    print0(f"chosen for {len(data['train']):,} train tokens:",
-           ", ".join(f"{k}={v!r}" for k, v in chosen.items()) or "nothing")
+    print0("configuration:", ", ".join(f"{k}={v!r}" for k, v in changed(cfg).items()))
     print0(f"{accelerator.device.type}, precision {accelerator.mixed_precision}, "
            f"{'compiled' if cfg.compile else 'not compiled'}, {accelerator.num_processes} "
            f"process(es), {model.count_parameters() / 1e6:.1f}M parameters")

@@ -81,13 +81,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_model
 from tokenizers import AddedToken, ByteLevelBPETokenizer
 from torch.nn.utils.rnn import pad_sequence
 
 import prepare
 import runtime
-from runtime import UserError, check_range, disk_errors, first_line, print0
+from runtime import UserError, check_range, disk_errors, first_line, one_line, print0
 
 try:  # torch.optim.Muon, faster on some CPUs
     from fast import Muon
@@ -133,7 +134,7 @@ def make_tokenizer(vocab, merges):
 def open_tokenizer(path):
     """The transformers tokenizer in a folder; vocab.json and merges.txt alone are RoBERTa's."""
     folder = Path(path).parent if Path(path).is_file() else Path(path)
-    try:
+    with one_line(f"--tokenizer {path} cannot be read"):  # tokenizers raises plain Exceptions
         if (folder / "vocab.json").exists() and not (folder / "tokenizer.json").exists():
             tokenizer = make_tokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
         else:
@@ -141,8 +142,6 @@ def open_tokenizer(path):
                 folder, local_files_only=True, trust_remote_code=False)
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
-    except Exception as error:  # the tokenizers library raises nothing more precise
-        raise UserError(f"--tokenizer {path} cannot be read: {first_line(error)}") from error
     for name in ("cls_token", "sep_token", "pad_token", "mask_token"):
         if getattr(tokenizer, name) is None:
             raise UserError(f"--tokenizer {path} has no {name}; leave it out")
@@ -500,11 +499,10 @@ class Trainer(transformers.Trainer):
 
 def fill_mask(text, folder):
     """Print the five likeliest tokens for each <mask> of `text`. Returns them, a list a mask."""
-    try:
+    with one_line(f"{folder} holds no masked language model"):
         fill = transformers.pipeline("fill-mask", model=str(folder), top_k=5,
+                                     trust_remote_code=False,
                                      model_kwargs={"use_safetensors": True})
-    except Exception as error:  # OSError, ValueError, RuntimeError, KeyError, SafetensorError ...
-        raise UserError(f"{folder} holds no masked language model: {first_line(error)}") from error
     tokenizer = fill.tokenizer
     ids = tokenizer(text).input_ids
     if tokenizer.mask_token_id not in ids or len(ids) > tokenizer.model_max_length:
@@ -545,13 +543,11 @@ def find_start(cfg):
     if there and not (known and (cfg.resume or cfg.overwrite)):
         remedy = "start again with --overwrite" if known else "choose another --out_dir"
         raise UserError(f"{out_dir} holds {there[0]} of a finished model; {remedy}")
-    if not start:
-        check(cfg)
-        return cfg, None, {}
-    settings = saved | {"tokenizer": None}  # the checkpoint has its own
-    if "max_epochs" in runtime.given_names(cfg):
-        settings["max_iters"] = 0  # the old end is not meant then
-    cfg = runtime.resume_settings(cfg, settings)
+    if start:
+        settings = saved | {"tokenizer": None}  # the checkpoint has its own
+        if "max_epochs" in runtime.given_names(cfg):
+            settings["max_iters"] = 0  # the old end is not meant then
+        cfg = runtime.resume_settings(cfg, settings)
     check(cfg)
     return cfg, start, saved
 
@@ -593,8 +589,8 @@ def train(cfg, accelerator, lines, stop, start, saved):
     if cfg.tokenizer or start:
         tokenizer = open_tokenizer(cfg.tokenizer or start)
     else:
-        tokenizer = make_tokenizer(*runtime.first_process_calls(
-            accelerator, train_tokenizer, lines, cfg.vocab_size))
+        made = broadcast_object_list([train_tokenizer(lines, cfg.vocab_size) if first else None])
+        tokenizer = make_tokenizer(*made[0])
     # RoBERTa's positions start behind the padding's id.
     tokenizer.model_max_length = cfg.max_position_embeddings - tokenizer.pad_token_id - 1
     if cfg.block_size > tokenizer.model_max_length:
@@ -651,6 +647,7 @@ def train(cfg, accelerator, lines, stop, start, saved):
                 runtime.clear_run(out_dir, *MODEL_FILES)
             runtime.write_text(out_dir / "run.json", json.dumps(run, indent=2) + "\n")
     accelerator.wait_for_everyone()
+    stop.catch()
     try:
         if start:  # of missing weights the Trainer only warns
             load_model(model, start / "model.safetensors")
@@ -665,8 +662,10 @@ def train(cfg, accelerator, lines, stop, start, saved):
 
     # ---- the finished model becomes out_dir's own and answers a first question
     if first:
-        export(runtime.checkpoints(out_dir)[0], out_dir)
-        fill_mask(f"Human thinking involves human {tokenizer.mask_token}.", out_dir)
+        export(out_dir / f"checkpoint-{last:06d}", out_dir)
+        question = f"Human thinking involves human {tokenizer.mask_token}."
+        if len(tokenizer(question).input_ids) <= tokenizer.model_max_length:
+            fill_mask(question, out_dir)
     accelerator.wait_for_everyone()
     return trainer
 
@@ -682,13 +681,13 @@ def main(cfg):
         if not found:
             raise UserError(f"--fill_mask: {out_dir} holds no run; train, or say which --out_dir")
         return fill_mask(cfg.fill_mask, found[0])
-    cfg, start, saved = find_start(cfg)
-    accelerator = runtime.make_accelerator(cfg.mixed_precision)
-    raw_dir = Path(cfg.data_dir, cfg.source if cfg.source in prepare.PRESETS else "roberta")
-    with accelerator.main_process_first():  # it downloads, the others find the file
-        lines = list(read_lines(prepare.source_files(cfg.source, raw_dir)))
-    cfg = replace(cfg, source=prepare.hide_secrets(cfg.source))  # it is printed and saved
-    with runtime.hold_run(accelerator, "train_roberta.py", cfg.out_dir) as stop:
+    with runtime.hold_run("train_roberta.py", cfg.out_dir) as stop:
+        cfg, start, saved = find_start(cfg)
+        accelerator = runtime.make_accelerator(cfg.mixed_precision)
+        raw_dir = Path(cfg.data_dir, cfg.source if cfg.source in prepare.PRESETS else "roberta")
+        with accelerator.main_process_first():  # it downloads, the others find the file
+            lines = list(read_lines(prepare.source_files(cfg.source, raw_dir)))
+        cfg = replace(cfg, source=prepare.hide_secrets(cfg.source))  # it is printed and saved
         return train(cfg, accelerator, lines, stop, start, saved)
 
 

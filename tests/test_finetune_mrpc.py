@@ -207,6 +207,17 @@ def test_wrong_options_exit_with_2(recipe, whole, fails):
     assert checkpoint_names(whole) == before
 
 
+def test_a_strangers_code_is_not_run(recipe, tmp_path, fails, monkeypatch):
+    """transformers asks whether to run it: a y that waits on standard input is enough."""
+    (tmp_path / "config.json").write_text(json.dumps(
+        {"model_type": "mystery", "auto_map": {"AutoConfig": "evil.C"}}))
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass C: pass\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    fails(1, lambda: main(replace(recipe, model=str(tmp_path), out_dir=str(tmp_path / "o"))),
+          "cannot load", str(tmp_path))
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_model_folder_is_not_trained_into(recipe, home, fails):
     """The model that was started from overwritten."""
     folder = home / "roberta"
@@ -485,6 +496,11 @@ def test_metrics_against_other_libraries():
     found = finetune_mrpc.scores(counts)
     assert found["f1"] == pytest.approx(f1_score(truth, guess, average="macro"))
     assert found["accuracy"] == pytest.approx(accuracy_score(truth, guess))
+    two = counts.copy()
+    two[2], two[:, 2] = 0, 0  # a label that does not occur is in no mean
+    assert finetune_mrpc.scores(two)["f1"] == pytest.approx(
+        2 * (finetune_mrpc.scores(two[:2, :2][::-1, ::-1])["f1"]
+             + finetune_mrpc.scores(two[:2, :2])["f1"]) / 4)
     logits = torch.tensor([[0.0, 0.0], [0.0, 4.0], [4.0, 0.0], [0.0, 4.0]])
     expected = (abs(0.5 - 1) + abs(3 * 0.98201 - 2)) / 4  # two bins: one pair, three pairs
     error = finetune_mrpc.calibration_error(logits, torch.tensor([0, 1, 0, 0]))
@@ -592,6 +608,9 @@ def test_seeds(recipe, tmp_path, capsys, fails):
     assert runtime.read_run(tmp_path)["seconds"] > 0
     (tmp_path / "run.json").write_text("{")
     fails(1, lambda: resume(tmp_path), "cannot resume")
+    (tmp_path / "test-predictions.tsv").write_text("of another run")
+    main(replace(cfg, overwrite=True, max_iters=1))
+    assert not (tmp_path / "test-predictions.tsv").exists()
     main(replace(recipe, out_dir=str(tmp_path), overwrite=True, max_iters=1))
     assert resume(tmp_path, max_iters=2)["seed"] == recipe.seed  # one run, seed-1 beside it
 

@@ -120,6 +120,8 @@ def test_a_second_signal_stops_at_once_and_handlers_are_restored():
     is dead after a run."""
     before = signal.getsignal(signal.SIGINT)
     stop = runtime.StopSignal()
+    assert signal.getsignal(signal.SIGINT) is before  # nothing to save yet
+    stop.catch()
     os.kill(os.getpid(), signal.SIGINT)
     assert stop.signum == signal.SIGINT and signal.getsignal(signal.SIGINT) == signal.SIG_DFL
     stop.release()
@@ -186,6 +188,14 @@ def test_damaged_checkpoints_are_passed_over(tmp_path, capsys):
     assert [p.name[-2:] for p in runtime.checkpoints(tmp_path)] == ["11", "09", "03"]
     assert runtime.find_run(tmp_path, True, False) == (tmp_path / "checkpoint-000009", {"iter": 9})
     assert "checkpoint-000011 is skipped: weights is damaged" in capsys.readouterr().out
+
+
+def test_damaged_checkpoints_do_not_count(tmp_path):
+    """With one of them to keep, the new checkpoint was deleted and the damaged one stayed."""
+    make_run(tmp_path, 6, 9, 11)
+    accelerator = runtime.make_accelerator("no")
+    runtime.save_checkpoint(accelerator, tmp_path / "checkpoint-000010", lambda f: None, keep=1)
+    assert [p.name[-2:] for p in runtime.checkpoints(tmp_path)] == ["11", "10"]
 
 
 def test_settings_of_older_runs(tmp_path):
@@ -392,22 +402,3 @@ def test_fp16_on_a_cpu_warns_and_is_fp32(capsys):
     assert runtime.pick_precision("fp16", "cpu") == "no"
     assert "needs a GPU" in capsys.readouterr().out
     assert runtime.clock_text(7384) == "2:03:04"
-
-
-def test_what_an_accelerator_needs_comes_from_the_run(tmp_path):
-    """Would catch the defaults of this command: another precision on this machine, no tracker."""
-    older, damaged = tmp_path / "checkpoint-000005", tmp_path / "checkpoint-000009"
-    for folder in (older, damaged):
-        folder.mkdir()
-    (damaged / "run.json").write_text("{")
-
-    def own(name, folder=tmp_path, **given):
-        return runtime.own_setting(train.Config(**given), folder, name)
-
-    settings = {"mixed_precision": "bf16", "log_with": "tensorboard"}
-    (older / "run.json").write_text(json.dumps({"train": settings}))
-    assert {name: own(name, resume=True) for name in settings} == settings
-    assert own("mixed_precision", resume=True, mixed_precision="no") == "no"
-    assert own("mixed_precision") == own("mixed_precision", tmp_path / "no", resume=True) == "auto"
-    (older / "run.json").write_text(json.dumps({"config": {"mixed_precision": ["bf16"]}}))
-    assert own("mixed_precision", resume=True) == "auto"

@@ -347,6 +347,26 @@ def test_dry_run_measures_and_writes_nothing(config, capsys, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_dry_run_of_a_resumed_run(copied, capsys):
+    """Would catch one that measures this command's defaults instead of the run."""
+    before = snapshot(copied.out_dir)
+    train.main(typed(f"--out_dir={copied.out_dir}", "--resume", "--dry_run"))
+    assert "dataset='tiny'" in capsys.readouterr().out and snapshot(copied.out_dir) == before
+
+
+def test_a_first_run_keeps_what_it_did_not_write(config):
+    """Notes in a samples.md were deleted without --overwrite; the log of a start that was killed
+    had its row of iteration 0 twice."""
+    cfg = config(eval_interval=4)
+    folder = Path(cfg.out_dir)
+    folder.mkdir()
+    (folder / "samples.md").write_text("my notes\n")
+    (folder / "log.csv").write_text("iter,loss\n0,\n")
+    train.main(cfg)
+    assert (folder / "samples.md").read_text().startswith("my notes\n")
+    assert [row["iter"] for row in runtime.read_log(folder / "log.csv")] == [*range(12)]
+
+
 # ---------------------------------------------------------------------------------------------
 # resume
 
@@ -408,7 +428,7 @@ def test_the_runs_own_settings(copied, finished, capsys, monkeypatch):
     now, was = saved(copied)["train"], saved(finished[0])["train"]
     was |= {"out_dir": copied.out_dir, "resume": True, **said}
     assert {k: (v, now[k]) for k, v in was.items() if now[k] != v and v is not None} == {}
-    assert "extended to 13 iterations: the learning rate" in capsys.readouterr().out
+    assert "ends at iteration 13: the learning rate" in capsys.readouterr().out
 
 
 def test_where_a_resume_ends(copied, fails, capsys):
@@ -431,6 +451,8 @@ def test_what_may_not_change_is_refused_in_one_message(copied, fails, data_dir, 
     command = [f"--out_dir={copied.out_dir}", "--resume"]
     other = ["--n_layer=3", "--swiglu=False", "--block_size=7", "--tie_weights"]
     other += ["--optimizer=adamw"]
+    fails(2, lambda: train.main(typed(*command, "--batch_size=2")),
+          "sequences an iteration is 2 but was 3")
     fails(2, lambda: train.main(typed(*command, *other)), "--n_layer is 3 but was 1", "--swiglu",
           "--block_size", "--tie_weights is True but was False", "--optimizer", copied.out_dir)
     for name in ("text", "tokenizer"):

@@ -272,6 +272,11 @@ def test_a_damaged_checkpoint_is_passed_over(text, tmp_path, capsys):
     resume(tmp_path)
     assert "model.safetensors is damaged" in capsys.readouterr().out
     assert weights.read_bytes() == before
+    weights.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    resume(tmp_path, "--max_iters=4")  # a shorter run: its model is not the damaged one
+    assert read_json(tmp_path / "run.json")["max_iters"] == 4
+    four = tmp_path / "checkpoint-000004/model.safetensors"
+    assert (tmp_path / "model.safetensors").read_bytes() == four.read_bytes()
 
 
 def test_right_sums_and_wrong_contents_are_one_line(text, tmp_path, fails):
