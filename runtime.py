@@ -707,11 +707,5 @@ def plot_log(out_dir, lower=("lr",), unit="token", resumed=()):
     bottom.set(ylabel="learning rate" if lower == ("lr",) else "", xlabel="iteration")
     if len(lower) > 1:
         bottom.legend()
-    per_iteration = next((r["tokens"] / r["iter"] for r in rows[::-1] if r["iter"]), 0)
-    if per_iteration:
-        scale = (lambda x: x * per_iteration, lambda x: x / per_iteration)
-        tokens = top.secondary_xaxis("top", functions=scale)
-        tokens.set_xlabel("tokens")
-        tokens.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     figure.savefig(out_dir / ".tmp-loss.png", dpi=110)
     (out_dir / ".tmp-loss.png").replace(out_dir / "loss.png")

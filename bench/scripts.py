@@ -59,7 +59,7 @@ def logged_speed(script, options, folder):
     module = importlib.import_module(script)
     yield 0
     while True:
-        out = tempfile.mkdtemp(dir=folder)
-        module.main(module.Config(**options, out_dir=out))
-        speeds = [row["tokens_per_s"] for row in read_log(Path(out, "log.csv"))]
+        with tempfile.TemporaryDirectory(dir=folder) as out:  # checkpoints are large
+            module.main(module.Config(**options, out_dir=out))
+            speeds = [row["tokens_per_s"] for row in read_log(Path(out, "log.csv"))]
         yield {"rate": [speed for speed in speeds if speed][-1]}

@@ -10,7 +10,8 @@ from bench.turns import SHAPE, Side, compare
 
 OPTIONS = """--dataset=start --out_dir=OUT --log_interval=1 --eval_interval=0 --max_iters=99
     --batch_size=2 --optimizer=adamw --dropout=0.1 --n_layer=12 --n_head=12 --n_embd=768 --bias
-    --qkv_bias --tie_weights --rope_theta=None --rms_norm=False --swiglu=False --qk_norm=False"""
+    --qkv_bias --tie_weights --rope_theta=None --rms_norm=False --swiglu=False --qk_norm=False
+    --embd_norm=False"""
 
 
 def starting(words, folder):
@@ -19,7 +20,7 @@ def starting(words, folder):
     while True:
         filled = [word.replace("OUT", tempfile.mkdtemp(dir=folder)) for word in words]
         with subprocess.Popen([sys.executable, *filled], cwd=ROOT, stdout=subprocess.PIPE,
-                              text=True) as child:
+                              stderr=subprocess.STDOUT, text=True) as child:  # no bar
             if not any(line.startswith("iteration 1/") for line in child.stdout):
                 raise RuntimeError(f"{filled} made no update")
             child.kill()

@@ -88,7 +88,7 @@ def test_rows_are_named(fails):
                            text=True, capture_output=True, check=True)
     rows = describe_rows()
     assert {"train", "decode", "prepare", "start", "char", "quantize", "mrpc", "roberta", "busy",
-            "threads", "loss", "minutes"} == set(rows)
+            "loss", "minutes"} == set(rows)
     assert all(f"{row}: {words}" in shown.stdout and "minute" in words
                for row, words in rows.items())
     assert "tyro" in shown.stderr and "torch" not in shown.stderr
