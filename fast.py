@@ -79,16 +79,18 @@ def scaled_dot_product_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_caus
     # without gradients the products gain nothing
     pays = dropout_p > 0 or (q.dtype == torch.bfloat16 and torch.is_grad_enabled()
                              and q.size(-2) <= MAX_TOKENS)
-    plain = q.is_cpu and q.dim() == 4 and q.size(2) == k.size(2)
+    plain = (q.is_cpu and q.dim() == 4 and q.size(2) == k.size(2)
+             and (enable_gqa or q.size(1) == k.size(1)))
     if not pays or not plain or attn_mask is not None or not is_causal:
         return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal,
                                               enable_gqa=enable_gqa)
-    if enable_gqa:
-        k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
-    T = q.size(2)
+    B, nh, T, hs = q.shape
     future = torch.full((T, T), -torch.inf, dtype=q.dtype).triu(1)  # added: 0 for the past
-    scores = (q * (1 / math.sqrt(q.size(-1)))) @ k.transpose(-2, -1) + future  # (B, nh, T, T)
-    return dropout(scores.softmax(-1, dtype=q.dtype), dropout_p) @ v
+    # the queries that share a head of keys and values are one after another: no copies of those
+    q = (q * (1 / math.sqrt(hs))).reshape(B, k.size(1), -1, hs)
+    scores = (q @ k.transpose(-2, -1)).view(B, nh, T, T) + future
+    weights = dropout(scores.softmax(-1, dtype=q.dtype), dropout_p)
+    return (weights.view(B, k.size(1), -1, T) @ v).view(B, nh, T, -1)
 
 
 class Linear(nn.Linear):

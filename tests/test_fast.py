@@ -68,6 +68,9 @@ def test_attention(heads):
     fewer = q0[:, :, :3], *rest  # queries than keys: left to torch
     assert torch.equal(*(function(*fewer, dropout_p=0.0, is_causal=True) for function in (
         fast.scaled_dot_product_attention, F.scaled_dot_product_attention)))
+    if heads == (6, 2):
+        with pytest.raises(RuntimeError):
+            fast.scaled_dot_product_attention(*halves, is_causal=True)
     torch.testing.assert_close(y.float(), wanted, atol=0.03, rtol=0.03)
     gradients = torch.autograd.grad(y.float().square().sum(), halves)
     for mine, theirs in zip(gradients, torch.autograd.grad(wanted.square().sum(), (q, k, v)),
