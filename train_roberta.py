@@ -420,6 +420,8 @@ class RunCallback(transformers.TrainerCallback):
         norm = torch.nn.utils.get_total_norm(grads)
         if self.bad.count(bool(norm.isfinite()), state.global_step + 1):
             model.zero_grad()  # without a gradient the optimizer leaves every weight as it is
+            self.log.print(f"warning: iteration {state.global_step + 1}: gradient norm "
+                           f"{norm:.3g}, update skipped")
 
     def on_step_end(self, args, state, control, **kwargs):
         """A signal to any process stops all of them after this update, with a checkpoint."""

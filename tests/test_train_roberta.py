@@ -355,7 +355,7 @@ def test_a_signal_saves_and_the_run_goes_on(text, tmp_path, number, code):
     assert [row[0] for row in log(tmp_path, "iter")] == list(range(1, done + 2))
 
 
-def test_non_finite_gradients(text, tmp_path, fails, monkeypatch):
+def test_non_finite_gradients(text, tmp_path, fails, monkeypatch, capsys):
     """One is skipped and the run goes on; ten in a row end it, and no nan is saved."""
     forward = train_roberta.RobertaForMaskedLM.forward
     calls = []
@@ -370,6 +370,7 @@ def test_non_finite_gradients(text, tmp_path, fails, monkeypatch):
     monkeypatch.setattr(train_roberta.RobertaForMaskedLM, "forward", poisoned)
     model = train(text, tmp_path / "one", max_iters=3, eval_interval=0, save_interval=0).model
     assert all(p.isfinite().all() for p in model.parameters())
+    assert "warning: iteration 2: gradient norm nan, update skipped" in capsys.readouterr().out
     monkeypatch.undo()
     fails(1, lambda: train(text, tmp_path / "all", max_epochs=3, max_iters=40, learning_rate=1e30,
                            save_interval=1), "10 updates in a row", "non-finite")
