@@ -68,7 +68,7 @@ class Config:
     warmup_iters: int | None = None  # of linear warm-up; None: a tenth of the run, at most 40
     weight_decay: float = 0.1  # of matrices; with muon of the hidden ones
     beta1: float = 0.9  # AdamW
-    beta2: float = 0.95  # AdamW
+    beta2: float = 0.99  # AdamW
     momentum: float = 0.8  # Muon
     grad_clip: float = 1.0  # norm the gradient is clipped to; 0: not clipped
     # how often to evaluate, log and save; how many checkpoints to keep

@@ -24,6 +24,7 @@ batch_size = 12
 gradient_accumulation_steps = 4  # 24,576 tokens an iteration
 max_iters = 5000
 optimizer = "adamw"
+beta2 = 0.95
 learning_rate = 6e-4
 min_lr = 6e-5
 schedule = "cosine"

@@ -9,6 +9,7 @@ batch_size = 4
 gradient_accumulation_steps = 8  # 8,192 tokens an iteration
 max_iters = 100
 optimizer = "adamw"
+beta2 = 0.95
 learning_rate = 3e-5
 min_lr = 3e-6
 schedule = "cosine"

@@ -27,6 +27,7 @@ batch_size = 32
 gradient_accumulation_steps = 2  # x 8 processes x 32 x 1,024 = 524,288 tokens an iteration
 max_iters = 19_073  # 10 billion tokens
 optimizer = "adamw"
+beta2 = 0.95
 learning_rate = 6e-4
 min_lr = 6e-5
 schedule = "cosine"

@@ -19,6 +19,7 @@ max_iters = 3_814  # 2 billion tokens
 learning_rate = 4e-3
 embedding_lr = 6e-3
 head_lr = 3e-3
+beta2 = 0.95
 momentum = 0.95
 warmup_iters = 100
 compile = True
