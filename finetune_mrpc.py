@@ -88,8 +88,9 @@ COLUMNS = ["sentence1", "sentence2", "label"]
 MSR_COLUMNS = {"#1 String": "sentence1", "#2 String": "sentence2", "Quality": "label"}
 MRPC_NAMES = {"0": "not_equivalent", "1": "equivalent"}
 METRICS = ["accuracy", "f1", "accuracy_f1_mean"]
-OUTPUTS = ["results.json", "predictions.tsv", "test-predictions.tsv", "confusion.png",
-           "test-confusion.png"]
+OUTPUTS = ["results.json", "eval-results.json"]
+OUTPUTS += [prefix + name for prefix in ("", "test-", "eval-", "eval-test-")
+            for name in ("predictions.tsv", "confusion.png")]
 
 # ---------------------------------------------------------------------------------------------
 # pairs
@@ -191,6 +192,9 @@ def loading(name):
 def load_model(name, accelerator, names=None):
     """(model, tokenizer) of a hub name or folder. names: those of the labels that a new head is
     made for; None: the model must be fine-tuned already."""
+    wrong = Path(name, "SHA256SUMS").exists() and runtime.verify_checksums(name) or ""
+    if wrong.startswith("model"):  # its config.json may have been edited
+        raise UserError(f"{name}: {wrong}; train it again")
     # On a CPU sdpa takes 1.4 times as long as eager (2 cores, bf16).
     options = {"attn_implementation": "eager" if accelerator.device.type == "cpu" else None,
                "dtype": torch.float32, "output_loading_info": True}
@@ -596,6 +600,10 @@ def train(cfg, accelerator, data, labels, stop, start):
             stop.exit(signum, out_dir)
 
     # ---- the best epoch, by F1 on the validation pairs
+    _, signum, _ = stop.agree(accelerator)  # one that came during the last evaluation
+    if signum:
+        log.close()
+        stop.exit(signum, out_dir)
     stop.release()  # all is saved: Ctrl-C ends it at once
     if end % per_epoch:  # no checkpoint knows of this: one that resumes ends as if never stopped
         state["metrics"] = validate(end)
@@ -628,8 +636,10 @@ def train_seeds(cfg, accelerator, data, labels, stop, seeds):
         one = replace(cfg, seed=seed, seeds="", out_dir=str(folder), resume=resume,
                       overwrite=cfg.overwrite or (cfg.resume and not resume))
         jobs.append((one, runtime.find_run(folder, resume, one.overwrite)))
-    if accelerator.is_main_process and cfg.overwrite:
-        runtime.clear_run(out_dir, *OUTPUTS)
+    if accelerator.is_main_process and cfg.overwrite:  # or a resume would take old runs for ours
+        for folder in (out_dir, *out_dir.glob("seed-*/")):
+            runtime.clear_run(folder, *OUTPUTS)
+    accelerator.wait_for_everyone()
     info = {"script": "finetune_mrpc.py", "config": asdict(cfg),
             "started": time.strftime("%Y-%m-%d %H:%M")}
     write_json(accelerator, out_dir / "run.json", info)
@@ -654,7 +664,7 @@ def train_seeds(cfg, accelerator, data, labels, stop, seeds):
 
     runtime.save_checkpoint(accelerator, out_dir / "best", copy_best)
     if accelerator.is_main_process:
-        for path in [best / name for name in OUTPUTS[1:] if (best / name).exists()]:
+        for path in [best / name for name in OUTPUTS[2:] if (best / name).exists()]:
             shutil.copy(path, out_dir)
     write_json(accelerator, out_dir / "results.json", results)
     info["seconds"] = 60 * sum(run["minutes"] for run in runs)
@@ -744,6 +754,9 @@ def run(cfg, stop):
     several = cfg.seeds or (cfg.resume and not single and any(out_dir.glob("seed-*")))
     if several and single:
         raise UserError(f"{out_dir} holds a run with one seed; choose another --out_dir")
+    if not (several or cfg.overwrite) and any(out_dir.glob("seed-*/checkpoint-*")) and not single:
+        raise UserError(f"{out_dir} holds a run with several seeds; continue with --resume, start "
+                        "again with --overwrite, or choose another --out_dir")
     if several and cfg.resume:
         with one_line(f"cannot resume {out_dir}", kinds=(OSError, ValueError)):
             folder, saved = None, runtime.read_run(out_dir)

@@ -119,8 +119,9 @@ def fetch(url, raw_dir):
     if not path.exists():
         print0(f"downloading {shown} to {path}")
         aside = path.with_name(f".tmp-{path.name}")
-        try:
+        with one_line(f"cannot write into {path.parent}", kinds=OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
+        try:
             with requests.get(url, stream=True, timeout=(10, 60)) as answer, open(aside, "wb") as f:
                 answer.raise_for_status()
                 f.writelines(answer.iter_content(1 << 16))
@@ -148,7 +149,7 @@ def source_files(sources, raw_dir):
         raise UserError("--source is empty; name a file, folder, glob or URL", 2)
     files = []
     for source in map(preset_source, sources):
-        if source == "stdlib" and not Path(source).exists():
+        if source == "stdlib":
             root = Path(sysconfig.get_paths()["stdlib"])
             skip = {"test", "tests", "idlelib", "site-packages", "dist-packages", "__pycache__"}
             found = [p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts)]
@@ -690,7 +691,7 @@ def build(cfg, folder, i, n):
         meta["tokenizer_sha256"] = sha256(folder / ".tmp-tokenizer.json")
     (folder / ".tmp-meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
     for name in ("meta.json", "tokenizer.json"):  # without meta.json nothing counts as prepared
-        (folder / name).unlink(missing_ok=True)
+        remove(folder / name)
     for name in ("train.npy", "val.npy", "tokenizer.json", "meta.json"):  # meta.json last
         with contextlib.suppress(FileNotFoundError):  # tiktoken's vocabularies have no file
             (folder / f".tmp-{name}").replace(folder / name)

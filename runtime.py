@@ -145,7 +145,8 @@ def make_accelerator(mixed_precision, **kwargs):
     Raises UserError where the environment asks for processes that accelerate does not see.
     """
     world = os.environ.get("WORLD_SIZE")
-    if "RANK" in os.environ and world is None or world and "MASTER_ADDR" not in os.environ:
+    several = (world or "").isdecimal() and "MASTER_ADDR" in os.environ
+    if not several and ("RANK" in os.environ or world):
         raise UserError("RANK and WORLD_SIZE are set in part; start several processes with: "
                         f"torchrun --nproc_per_node N {sys.argv[0]}, or unset them")
     import torch
@@ -308,10 +309,9 @@ def hold_run(script, out_dir):
     yet."""
     lock = lock_folder(out_dir) if is_first_process() else None
     path = sys.argv[0] if Path(sys.argv[0]).name == script else script  # a notebook's is another
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    program = "python" if world == 1 else f"torchrun --nproc_per_node {world}"
-    command = [*program.split(), path, f"--out_dir={out_dir}", "--resume"]
-    stop = StopSignal(shlex.join(command))
+    local = os.environ.get("LOCAL_WORLD_SIZE", "1")  # processes of this machine
+    program = ["python"] if local == "1" else ["torchrun", "--nproc_per_node", local]
+    stop = StopSignal(shlex.join([*program, path, f"--out_dir={out_dir}", "--resume"]))
     try:
         yield stop
     finally:
@@ -448,8 +448,8 @@ def check_same(folder, saved, wanted):
     wrong = [f"{name} is {value} but was {saved.get(name)}" for name, value in wanted.items()
              if saved.get(name) != value]
     if wrong:
-        raise UserError(f"cannot resume from {folder}: {'; '.join(wrong)}. Leave them out, or "
-                        "start a new --out_dir", 2)
+        raise UserError(f"cannot resume from {folder}: {'; '.join(wrong)}. Resume with what it was "
+                        "made with, or start a new --out_dir", 2)
 
 
 def clear_run(out_dir, *names):
@@ -488,10 +488,11 @@ def save_checkpoint(accelerator, folder, write, keep=None):
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             commit_folder(temporary, folder)
-            found = checkpoints(folder.parent) if keep else []
-            # those before this one are damaged, a resume passed over them: they do not count
-            for old in found[found.index(folder) + keep :] if keep else []:
-                remove(old)
+            if keep:
+                found = checkpoints(folder.parent)
+                here = found.index(folder)
+                for old in found[:here] + found[here + keep :]:  # newer ones are damaged
+                    remove(old)
     accelerator.wait_for_everyone()
 
 
@@ -592,10 +593,12 @@ class RunLog:
         updates again."""
         from tqdm.auto import tqdm
 
-        self.first, self.total, self.done, self.began = first, total, done, time.perf_counter()
+        self.first, self.total, self.done = first, total, max(0, done)
+        self.began = time.perf_counter()
         self.seconds = {"updates": 0.0}
         visible = sys.stderr.isatty() or "ipykernel" in sys.modules
-        self.bar = tqdm(total=total, initial=done, unit="it", disable=not (first and visible))
+        self.bar = tqdm(total=total, initial=self.done, unit="it",
+                        disable=not (first and visible))
         if not first:
             return
         self.folder, path = Path(out_dir), Path(out_dir) / "log.csv"

@@ -686,8 +686,9 @@ def check_resume(cfg, folder, saved, meta, config, rows):
     old_meta = prepare.read_meta(folder)
     was = {f"the data's {key}": old_meta.get(key) for key in DATA_IDENTITY}
     now = {f"the data's {key}": meta.get(key) for key in DATA_IDENTITY}
-    was["sequences an iteration"] = saved.get("rows", rows)  # older runs did not say
-    now["sequences an iteration"] = rows
+    product = "batch_size x gradient_accumulation_steps x processes"
+    was[product] = saved.get("rows", rows)  # older runs did not say
+    now[product] = rows
     for name in ("init_from", "optimizer"):
         was[f"--{name}"] = saved["train"].get(name)
         now[f"--{name}"] = getattr(cfg, name)

@@ -429,9 +429,10 @@ class RunCallback(transformers.TrainerCallback):
         self.log.progress(state.global_step)
         _, self.signum, late = self.stop.agree(self.accelerator)
         last = state.global_step == self.last
+        self.signum *= not last  # the run ends anyway
         control.should_training_stop |= last or self.signum > 0
         at_end = last and args.eval_strategy != "no"
-        control.should_evaluate = (control.should_evaluate or at_end) and not self.signum
+        control.should_evaluate |= at_end
         control.should_save |= control.should_training_stop or late
         # A row at each checkpoint: a resumed run's next mean loss starts there as well.
         control.should_log |= control.should_save or control.should_evaluate
@@ -545,6 +546,8 @@ def find_start(cfg):
     if there and not (known and (cfg.resume or cfg.overwrite)):
         remedy = "start again with --overwrite" if known else "choose another --out_dir"
         raise UserError(f"{out_dir} holds {there[0]} of a finished model; {remedy}")
+    if saved.get("script", "train_roberta.py") != "train_roberta.py":
+        raise UserError(f"{start} is no checkpoint of this script; choose another --out_dir")
     if start:
         settings = saved | {"tokenizer": None}  # the checkpoint has its own
         if "max_epochs" in runtime.given_names(cfg):
@@ -679,7 +682,7 @@ def main(cfg):
     if cfg.fill_mask:
         out_dir = Path(cfg.out_dir)
         found = [out_dir] if (out_dir / "model.safetensors").exists() else []
-        found += runtime.checkpoints(out_dir)
+        found += [p for p in runtime.checkpoints(out_dir) if not runtime.verify_checksums(p)]
         if not found:
             raise UserError(f"--fill_mask: {out_dir} holds no run; train, or say which --out_dir")
         return fill_mask(cfg.fill_mask, found[0])

@@ -1,6 +1,7 @@
 """finetune_mrpc.py: against a plain loop, across processes, through a stop, on bad files."""
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -421,6 +422,23 @@ def test_a_signal_saves_and_the_run_continues(recipe, whole, tmp_path, number, c
     assert same_weights(tmp_path / "checkpoint-000055", whole / "checkpoint-000055")
 
 
+def test_a_signal_in_the_last_evaluation(recipe, tmp_path, monkeypatch):
+    """It was forgotten: the whole report came, and exit code 0."""
+    true = finetune_mrpc.evaluate
+
+    def signalled(*args):
+        if args[6] == "iteration 11":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return true(*args)
+
+    monkeypatch.setattr(finetune_mrpc, "evaluate", signalled)
+    with pytest.raises(SystemExit) as stop:
+        main(replace(recipe, out_dir=str(tmp_path), max_epochs=1))
+    assert stop.value.code == 143 and not (tmp_path / "results.json").exists()
+    monkeypatch.undo()
+    assert resume(tmp_path)["n"] == 37
+
+
 def test_nan_is_skipped_and_ten_stop_the_run(recipe, tmp_path, monkeypatch, fails):
     """One bad batch that turns all weights into NaN; a run that goes on with them for days."""
     true, calls, bad = finetune_mrpc.cross_entropy, [], {3}
@@ -546,13 +564,18 @@ def test_eval_only_and_predict(whole, recipe, home, tmp_path, capsys, fails):
     word, probability = capsys.readouterr().out.splitlines()[-1].split()
     assert word == table[1][2] and word in ("not_equivalent", "equivalent")
     assert float(probability) == pytest.approx(float(table[1][3]), abs=1e-3)
+    shutil.copytree(whole / "best", tmp_path / "best")
+    content = bytearray((whole / "best" / "model.safetensors").read_bytes())
+    content[-1] ^= 128
+    (tmp_path / "best" / "model.safetensors").write_bytes(content)
+    fails(1, lambda: main(replace(recipe, eval_only=True, out_dir=str(tmp_path))), "is damaged")
     nowhere = replace(recipe, eval_only=True, out_dir=str(tmp_path / "none"))
     fails(1, lambda: main(nowhere), "not fine-tuned")
 
 
 def test_a_model_with_labels_in_another_order(whole, recipe, tmp_path, fails):
     """A stranger's model that says 0 for 'equivalent' scored upside down."""
-    shutil.copytree(whole / "best", tmp_path / "mirror")
+    shutil.copytree(whole / "best", tmp_path / "mirror", ignore=lambda *_: ["SHA256SUMS"])
     config = json.loads((tmp_path / "mirror" / "config.json").read_text())
     weights = load_file(tmp_path / "mirror" / "model.safetensors")
     for name in ("classifier.out_proj.weight", "classifier.out_proj.bias"):
@@ -585,7 +608,7 @@ def test_three_labels_from_other_columns(recipe, home, tmp_path, capsys):
     assert capsys.readouterr().out.split()[-2] in found["labels"]
 
 
-def test_seeds(recipe, tmp_path, capsys, fails):
+def test_seeds(recipe, tmp_path, capsys, fails, monkeypatch):
     """A mean over one seed trained three times, or a best folder that is another run's; --resume
     that does not know the seeds."""
     cfg = replace(recipe, out_dir=str(tmp_path), seeds="1,2", max_iters=3)
@@ -608,9 +631,19 @@ def test_seeds(recipe, tmp_path, capsys, fails):
     assert runtime.read_run(tmp_path)["seconds"] > 0
     (tmp_path / "run.json").write_text("{")
     fails(1, lambda: resume(tmp_path), "cannot resume")
+    fails(1, lambda: main(replace(recipe, out_dir=str(tmp_path))), "several seeds", "--resume")
     (tmp_path / "test-predictions.tsv").write_text("of another run")
-    main(replace(cfg, overwrite=True, max_iters=1))
+    agree = runtime.StopSignal.agree
+    monkeypatch.setattr(runtime.StopSignal, "agree",
+                        lambda *a: (agree(*a)[0], signal.SIGTERM, False))
+    with pytest.raises(SystemExit):  # stopped in its first seed
+        main(replace(cfg, overwrite=True, learning_rate=1e-3))
+    monkeypatch.undo()
     assert not (tmp_path / "test-predictions.tsv").exists()
+    resume(tmp_path)
+    rates = [runtime.read_run(tmp_path / f"seed-{s}")["config"]["learning_rate"] for s in (1, 2)]
+    made = [runtime.read_log(tmp_path / f"seed-{s}" / "log.csv")[-1]["lr"] for s in (1, 2)]
+    assert rates == [1e-3, 1e-3] and made[0] == made[1]  # not the old run's seed 2
     main(replace(recipe, out_dir=str(tmp_path), overwrite=True, max_iters=1))
     assert resume(tmp_path, max_iters=2)["seed"] == recipe.seed  # one run, seed-1 beside it
 

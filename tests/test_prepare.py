@@ -236,9 +236,9 @@ def test_text_without_breaks(make, tmp_path, kind):
 def test_long_runs_alone_are_cut(text):
     """Ordinary text must be split as GPT-2's is: its tokens would all be others."""
     words = prepare.pre_tokenizers.Split(prepare.Regex(prepare.WORDS), "isolated")
-    usual = prepare.pre_tokenizers.Split(
-        prepare.Regex(openai_public.r50k_pat_str.replace("++", "+")), "isolated")
-    assert words.pre_tokenize_str(text) == usual.pre_tokenize_str(text)
+    usual = prepare.pre_tokenizers.ByteLevel(add_prefix_space=False)  # it has GPT-2's pattern
+    spans = [[span for _, span in cut.pre_tokenize_str(text)] for cut in (words, usual)]
+    assert spans[0] == spans[1]
     assert max(len(part) for part, _ in words.pre_tokenize_str(text + "x" * 1000)) <= 129
 
 

@@ -191,11 +191,12 @@ def test_damaged_checkpoints_are_passed_over(tmp_path, capsys):
 
 
 def test_damaged_checkpoints_do_not_count(tmp_path):
-    """With one of them to keep, the new checkpoint was deleted and the damaged one stayed."""
+    """With one of them to keep, the new checkpoint was deleted and the damaged one stayed; and a
+    damaged one that stays is what sample.py would take."""
     make_run(tmp_path, 6, 9, 11)
     accelerator = runtime.make_accelerator("no")
     runtime.save_checkpoint(accelerator, tmp_path / "checkpoint-000010", lambda f: None, keep=1)
-    assert [p.name[-2:] for p in runtime.checkpoints(tmp_path)] == ["11", "10"]
+    assert [p.name[-2:] for p in runtime.checkpoints(tmp_path)] == ["10"]
 
 
 def test_settings_of_older_runs(tmp_path):
@@ -378,8 +379,8 @@ def test_a_notebook_gets_a_bar_and_a_pipe_gets_lines(tmp_path, monkeypatch):
     assert runtime.RunLog(tmp_path, 3, 0, True).bar.disable
     monkeypatch.setitem(sys.modules, "ipykernel", math)
     for first in (True, False):
-        log = runtime.RunLog(tmp_path, 3, 0, first)
-        assert log.bar.disable != first
+        log = runtime.RunLog(tmp_path, 3, -1, first)
+        assert log.bar.disable != first and log.bar.n == 0
         log.write({"iter": 0})
         log.close()
     assert len(runtime.read_log(tmp_path / "log.csv")) == 1

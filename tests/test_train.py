@@ -452,7 +452,7 @@ def test_what_may_not_change_is_refused_in_one_message(copied, fails, data_dir, 
     other = ["--n_layer=3", "--swiglu=False", "--block_size=7", "--tie_weights"]
     other += ["--optimizer=adamw"]
     fails(2, lambda: train.main(typed(*command, "--batch_size=2")),
-          "sequences an iteration is 2 but was 3")
+          "x processes is 2 but was 3")
     fails(2, lambda: train.main(typed(*command, *other)), "--n_layer is 3 but was 1", "--swiglu",
           "--block_size", "--tie_weights is True but was False", "--optimizer", copied.out_dir)
     for name in ("text", "tokenizer"):

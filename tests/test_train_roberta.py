@@ -355,6 +355,20 @@ def test_a_signal_saves_and_the_run_goes_on(text, tmp_path, number, code):
     assert [row[0] for row in log(tmp_path, "iter")] == list(range(1, done + 2))
 
 
+def test_a_signal_in_the_last_update(text, tmp_path, monkeypatch):
+    """The last evaluation was left out, and the command that was named ended in an error."""
+    begin = train_roberta.RunCallback.on_step_begin
+
+    def signalled(self, args, state, *more, **kwargs):
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return begin(self, args, state, *more, **kwargs)
+
+    monkeypatch.setattr(train_roberta.RunCallback, "on_step_begin", signalled)
+    train(text, tmp_path, max_iters=3, eval_interval=0)
+    assert log(tmp_path, "val_loss")[-1][0] and (tmp_path / "model.safetensors").exists()
+
+
 def test_non_finite_gradients(text, tmp_path, fails, monkeypatch, capsys):
     """One is skipped and the run goes on; ten in a row end it, and no nan is saved."""
     forward = train_roberta.RobertaForMaskedLM.forward
