@@ -381,9 +381,9 @@ def training_arguments(cfg, accelerator, iterations, evaluates):
 class RunCallback(transformers.TrainerCallback):
     """Seeds, bad gradients, signals; log.csv, loss.png and progress in place of its printer."""
 
-    def __init__(self, done, last, rates, resumed, accelerator, stop):
+    def __init__(self, done, last, rates, resumed, accelerator, stop, begin):
         self.done, self.last, self.rates, self.resumed = done, last, rates, resumed
-        self.accelerator, self.stop = accelerator, stop
+        self.accelerator, self.stop, self.begin = accelerator, stop, begin
         self.bad, self.signum, self.begun = runtime.BadUpdates(), 0, False
 
     def on_train_begin(self, args, state, control, lr_scheduler, **kwargs):
@@ -395,12 +395,13 @@ class RunCallback(transformers.TrainerCallback):
             lr_scheduler.base_lrs = self.rates
             lr_scheduler.last_epoch -= 1
             lr_scheduler.step()
+        self.begun = True  # all is loaded: what fails from here on is not the checkpoint's fault
+        self.begin()
         first = state.is_world_process_zero
         self.log = runtime.RunLog(args.output_dir, self.last, self.done, first,
                                   [*runtime.LOG_COLUMNS, "val_accuracy"])
         self.tokens, self.updating = state.num_input_tokens_seen, 0.0  # at, and since, the last row
         self.clock = time.perf_counter()
-        self.begun = True  # all is loaded: what fails from here on is not the checkpoint's fault
 
     def lap(self, stage):
         """Count the time since the last call as `stage`, and return it."""
@@ -474,6 +475,9 @@ class Trainer(transformers.Trainer):
         self.run, self.keep = run, keep
         self.began = time.perf_counter() - run["seconds"]
         super().__init__(**kwargs)
+
+    def _load_rng_state(self, checkpoint):
+        """There is none: dropout is a function of the place in the run."""
 
     def _save_checkpoint(self, model, trial):
         """Write aside what train(resume_from_checkpoint=...) reads; rename it when it is whole."""
@@ -638,7 +642,18 @@ def train(cfg, accelerator, lines, stop, start, saved):
     if cfg.muon_lr is not None:
         rates[0] = cfg.muon_lr
         optimizer = MuonAdamW(model, *rates, cfg.weight_decay)
-    callback = RunCallback(done, last, rates, run["resumed"], accelerator, stop)
+
+    def begin():
+        """All is loaded: from here on the old run is gone."""
+        if first:
+            with disk_errors(out_dir):
+                if cfg.overwrite:
+                    runtime.clear_run(out_dir, *MODEL_FILES)
+                runtime.write_text(out_dir / "run.json", json.dumps(run, indent=2) + "\n")
+        accelerator.wait_for_everyone()
+        stop.catch()
+
+    callback = RunCallback(done, last, rates, run["resumed"], accelerator, stop, begin)
     trainer = Trainer(
         run, cfg.keep_checkpoints, model=model, processing_class=tokenizer, callbacks=[callback],
         args=training_arguments(cfg, accelerator, iterations, bool(val_set)),
@@ -646,13 +661,6 @@ def train(cfg, accelerator, lines, stop, start, saved):
         optimizers=(optimizer, None), data_collator=partial(collate, pad_id=tokenizer.pad_token_id),
         preprocess_logits_for_metrics=example_statistics, compute_metrics=compute_metrics)
     trainer.remove_callback(transformers.PrinterCallback)
-    if first:
-        with disk_errors(out_dir):
-            if cfg.overwrite:
-                runtime.clear_run(out_dir, *MODEL_FILES)
-            runtime.write_text(out_dir / "run.json", json.dumps(run, indent=2) + "\n")
-    accelerator.wait_for_everyone()
-    stop.catch()
     try:
         if start:  # of missing weights the Trainer only warns
             load_model(model, start / "model.safetensors")

@@ -304,7 +304,9 @@ free clear: --init_from=gpt&--n_layer=2 --init_from=gpt&--dataset=bpe
 again clear: --max_iters=4 --max_epochs=0.001 --n_layer=2 --n_embd=32 --block_size=8 --init=torch
   --optimizer=adamw --rope_theta=None --dataset=bpe --dataset=nope --batch_size=0 --dropout=1
   --tie_weights --init_from=gpt --n_head=1 --warmup_iters=99 --overwrite --seed={BIG}
-again ok: --max_iters=5 --max_iters=7 --max_iters=6&--batch_size=1 --max_epochs=0.1
+  --max_iters=6&--batch_size=1
+again ok: --max_iters=5 --max_iters=7 --max_epochs=0.1
+  --max_iters=6&--batch_size=1&--gradient_accumulation_steps=3
   --max_iters=9&--dropout=0.3&--learning_rate=0 --max_iters=8&--sample_tokens=0
 sample clear: --seed=-1 --seed={BIG} --num_samples=0 --max_new_tokens=0 --temperature=nan --top_k=0
   --temperature=inf --temperature=-1 --top_p=0 --top_p=1.1 --top_p=nan --num_beams=0 --start=%FF
