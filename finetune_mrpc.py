@@ -713,8 +713,7 @@ def check_config(cfg):
     model, trains = Path(cfg.model), not (cfg.eval_only or cfg.predict or cfg.compare)
     inside = model.is_dir() and model.resolve().is_relative_to(Path(cfg.out_dir).resolve())
     wrong = {
-        "model must lie outside of --out_dir, which the run would overwrite; choose another "
-        "--out_dir": trains and inside,
+        "model must lie outside of the --out_dir that is written": trains and inside,
         "max_length must be 8 or more, or 0": 0 < cfg.max_length < 8,
         "columns must be three names, FIRST,SECOND,LABEL": "" in columns or len({*columns}) != 3,
         "predict takes a file or two texts, in quotation marks and not empty":

@@ -224,7 +224,7 @@ def test_a_model_folder_is_not_trained_into(recipe, home, fails):
     folder = home / "roberta"
     before = sorted(folder.iterdir())
     fails(2, lambda: main(replace(recipe, out_dir=str(folder), overwrite=True)),
-          "choose another --out_dir")
+          "must lie outside of the --out_dir", str(folder))
     assert sorted(folder.iterdir()) == before
 
 
