@@ -59,7 +59,7 @@ class _RMSNorm(torch.autograd.Function):
 
 def rms_norm(x, normalized_shape, weight=None, eps=None):
     """F.rms_norm over the last dimension. For training on a CPU PyTorch composes it of many
-    operators, which take two to three times as long as this."""
+    operators, which take about 1.6 times as long as this."""
     plain = (x.is_cpu and x.dtype in (torch.float32, torch.bfloat16) and eps is not None
              and tuple(normalized_shape) == x.shape[-1:] and torch.is_grad_enabled())
     if not plain or torch.compiler.is_compiling():
