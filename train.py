@@ -119,6 +119,7 @@ def train(cfg, out_dir, stop, checkpoint, saved):
     """The whole run, from top to bottom. checkpoint, saved: what runtime.find_run found."""
 
     # -- settings, processes, data; nothing is deleted yet -------------------------------------
+    began = time.perf_counter()
     cfg = settings_of(cfg, checkpoint, saved)
     tracker = None if cfg.log_with == "none" else cfg.log_with
     if tracker:
@@ -138,9 +139,9 @@ def train(cfg, out_dir, stop, checkpoint, saved):
     train_windows = count_windows(data["train"], cfg.block_size)
     cfg = choose_shape(cfg, len(data["train"]))
 
-    def measure():
-        model = make_model(replace(cfg, dropout=cfg.dropout or 0.0), vocab_size, saved, tokenizer)
-        return measure_updates(model, data, cfg, accelerator, rows)
+    def measure(dropout):
+        model = make_model(replace(cfg, dropout=dropout), vocab_size, saved, tokenizer)
+        return measure_run(model, data, cfg, accelerator, rows, began)
 
     cfg = choose_length(cfg, train_windows, rows, measure)
     model = make_model(cfg, vocab_size, saved, tokenizer)
@@ -157,7 +158,7 @@ def train(cfg, out_dir, stop, checkpoint, saved):
     # -- optimizers ----------------------------------------------------------------------------
     if cfg.dry_run:
         announce(cfg, accelerator, model, data, rows)
-        return dry_run(cfg, model, *measure())
+        return dry_run(cfg, model, *measure(cfg.dropout))
     it = int(checkpoint.name[11:]) if checkpoint else 0
     if it > cfg.max_iters:
         raise UserError(f"{checkpoint} has done {it} iterations, more than the {cfg.max_iters} "
@@ -405,6 +406,7 @@ def read_windows(tokens, windows, block_size, vocab_size, device):
 # is not repeated dropout only costs loss. Measured in docs/LOG.md.
 WIDTHS = ((60_000, 128), (400_000, 192), (math.inf, 256))  # train tokens up to which one holds
 DROPOUTS = ((2, 0.0), (5, 0.1), (math.inf, 0.2))  # epochs up to which one holds
+EVALUATIONS = 5  # of a run, the first before the first update, unless --eval_interval says more
 MAX_EPOCHS = 10  # of a run whose length is not given, or given in minutes
 
 
@@ -422,22 +424,36 @@ def choose_length(cfg, train_windows, rows, measure):
     """Choose max_iters, from max_epochs or minutes where one is given, and from it dropout,
     warmup_iters and eval_interval.
 
-    measure: a function that returns (seconds an update takes, bytes of memory).
+    measure: measure_run for a dropout.
     """
+
+    def dropout_of(iters):
+        epochs = iters * rows / train_windows
+        chosen = next(p for most, p in DROPOUTS if epochs <= most)
+        return chosen if cfg.dropout is None else cfg.dropout
+
     most = math.ceil(MAX_EPOCHS * train_windows / rows)
     iters = min(560, most) if cfg.max_iters is None else cfg.max_iters
     if cfg.max_epochs:
         iters = math.ceil(cfg.max_epochs * train_windows / rows)
     if cfg.minutes:
-        iters = min(most, max(1, int(cfg.minutes * 60 / measure()[0])))
-    settled = {"max_iters": iters, "max_epochs": None, "minutes": None}
-    if cfg.dropout is None:
-        epochs = iters * rows / train_windows
-        settled["dropout"] = next(p for most, p in DROPOUTS if epochs <= most)
+        dropout = cfg.dropout or 0.0
+        for _ in range(2):  # dropout takes time, and depends on the length
+            update, evaluation, elapsed, _ = measure(dropout)
+            if cfg.eval_interval:
+                update += evaluation / cfg.eval_interval
+            once = EVALUATIONS if cfg.eval_interval is None else 1
+            left = cfg.minutes * 60 - elapsed - once * evaluation
+            iters = min(most, max(1, int(left / update)))
+            if dropout_of(iters) == dropout:
+                break
+            dropout = dropout_of(iters)
+    settled = {"max_iters": iters, "max_epochs": None, "minutes": None,
+               "dropout": dropout_of(iters)}
     if cfg.warmup_iters is None:
         settled["warmup_iters"] = min(40, iters // 10)
     if cfg.eval_interval is None:
-        settled["eval_interval"] = max(1, iters // 4)
+        settled["eval_interval"] = max(1, iters // (EVALUATIONS - 1))
     return replace(cfg, **settled)
 
 
@@ -714,8 +730,9 @@ def announce(cfg, accelerator, model, data, rows):
            f"{windows['val'] * cfg.block_size:,} val tokens")
 
 
-def measure_updates(model, data, cfg, accelerator, rows):
-    """(seconds an update takes here, bytes of memory): three real updates, the first warms up."""
+def measure_run(model, data, cfg, accelerator, rows, began):
+    """(seconds an update takes here, seconds an evaluation takes, seconds since `began`, bytes of
+    memory), from six real updates, of which the first warms up, and an evaluation."""
     import psutil
 
     model.to(accelerator.device)
@@ -723,31 +740,35 @@ def measure_updates(model, data, cfg, accelerator, rows):
     model, *optimizers = accelerator.prepare(model, *optimizers)
     if cfg.compile:
         accelerator.unwrap_model(model).compile()
-    times = []
+    times = [time.perf_counter()]
     n = count_windows(data["train"], cfg.block_size)
-    for iteration in range(3):
-        began = time.perf_counter()
+    for iteration in range(6):
         windows = windows_of(iteration, rows, n, cfg.seed)[: cfg.batch_size]
         batch = read_windows(data["train"], windows, cfg.block_size, 2**32, accelerator.device)
         update(model, optimizers, [batch] * cfg.gradient_accumulation_steps, cfg, accelerator)
-        times.append(time.perf_counter() - began)
-    accelerator.free_memory()
+        times.append(time.perf_counter())
+    evaluate(model, data, cfg, accelerator, 2**32)
+    times.append(time.perf_counter())
     memory = psutil.Process().memory_info().rss
     if accelerator.device.type == "cuda":
         memory = torch.cuda.max_memory_allocated()
-    seconds = torch.tensor(min(times[1:]), device=accelerator.device)
-    return accelerator.gather(seconds).max().item(), memory
+    accelerator.free_memory()
+    found = [(times[6] - times[1]) / 5, times[7] - times[6], time.perf_counter() - began]
+    found = torch.tensor(found, device=accelerator.device)
+    return *accelerator.gather(found).view(-1, 3).amax(0).tolist(), memory  # the same everywhere
 
 
-def dry_run(cfg, model, seconds, memory):
-    """Print what the run would cost, from a few measured updates. Nothing is written."""
+def dry_run(cfg, model, seconds, evaluation, _, memory):
+    """Print what the run would cost, by what measure_run found. Nothing is written."""
     N = model.count_parameters()
     hidden = sum(p.numel() for p in model.transformer.h.parameters() if p.dim() >= 2)
     checkpoint = 12 * N - (4 * hidden if cfg.optimizer == "muon" else 0)  # Muon keeps one moment
     disk = (cfg.keep_checkpoints + 1) * checkpoint + 4 * N  # one is written before one is deleted
+    evaluations = 1 + cfg.max_iters // (cfg.eval_interval or cfg.max_iters or 1)
+    hours = (seconds * cfg.max_iters + evaluation * evaluations) / 3600
     print0(f"dry run, nothing is written\n"
-           f"time         {seconds * cfg.max_iters / 3600:.2f} hours, {seconds:.2f} s an "
-           "iteration, evaluations left out\n"
+           f"time         {hours:.2f} hours: {seconds:.2f} s an iteration, {evaluation:.2f} s an "
+           "evaluation\n"
            f"memory       {memory / 1e9:.2f} GB: the whole process, or a GPU's peak\n"
            f"disk         {disk / 1e9:.2f} GB at most, {checkpoint / 1e9:.2f} a checkpoint")
 

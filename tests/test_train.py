@@ -328,10 +328,10 @@ def test_epochs_set_the_iterations_and_what_follows_from_them(config):
 
 def test_minutes_are_settled_once(config, monkeypatch):
     """Would catch a resumed run whose length is measured again: it would not be the same run."""
-    monkeypatch.setattr(train, "measure_updates", lambda *a: (0.6, 1e9))
-    cfg = config(max_iters=None, minutes=0.071, warmup_iters=None)
-    train.main(cfg)
-    monkeypatch.setattr(train, "measure_updates", lambda *a: (0.1, 1e9))
+    monkeypatch.setattr(train, "measure_run", lambda *a: (0.5, 0.2, 0.0, 1e9))
+    cfg = config(max_iters=None, minutes=0.0745, warmup_iters=None, eval_interval=2)
+    train.main(cfg)  # (60 x 0.0745 - 0.2) / (0.5 + 0.2 / 2) = 7.1
+    monkeypatch.setattr(train, "measure_run", lambda *a: (0.1, 0.2, 0.0, 1e9))
     assert newest(cfg).name == "checkpoint-000007"
     runtime.remove(newest(cfg))
     train.main(typed(f"--out_dir={cfg.out_dir}", "--resume"))
