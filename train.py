@@ -119,7 +119,6 @@ def train(cfg, out_dir, stop, checkpoint, saved):
     """The whole run, from top to bottom. checkpoint, saved: what runtime.find_run found."""
 
     # -- settings, processes, data; nothing is deleted yet -------------------------------------
-    began = time.perf_counter()
     cfg = settings_of(cfg, checkpoint, saved)
     tracker = None if cfg.log_with == "none" else cfg.log_with
     if tracker:
@@ -133,6 +132,7 @@ def train(cfg, out_dir, stop, checkpoint, saved):
     world = accelerator.num_processes
     with accelerator.main_process_first():  # a missing preset is prepared once
         meta, data, tokenizer, files = load_data(cfg)
+    began = time.perf_counter()  # a download is no part of --minutes
     vocab_size = meta["vocab_size"]
     rows = cfg.batch_size * cfg.gradient_accumulation_steps * world
     check_data(cfg, data, vocab_size, rows)
