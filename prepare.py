@@ -389,7 +389,8 @@ def make_tokenizer(name, pieces, n_bytes=None, vocab_size=None):
     print0(f"training a BPE of {vocab_size:,} tokens ...")
     # Every k-th piece, so that about SAMPLE characters are counted; of a stream the first ones.
     stop = None if n_bytes else SAMPLE // PIECE * 16
-    texts = (text for _, text, _ in pieces() if text)
+    # Of train alone: a token for a word that only validates would make its bits per byte too low.
+    texts = (text for split, text, _ in pieces() if split == "train" and text)
     sample = itertools.islice(texts, 0, stop, (n_bytes or 0) // SAMPLE + 1)
     engine.train_from_iterator(sample, trainer)
     tokenizer = Tokenizer("tokenizer.json", engine, made_here=True)

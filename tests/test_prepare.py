@@ -285,6 +285,15 @@ def test_bpe_sample_is_bounded_and_spread(make, tmp_path, monkeypatch, small_pie
     assert 0 < len(counted) < 1000
 
 
+def test_bpe_has_not_seen_the_validation_text(make, tmp_path):
+    """It had: on 20 kB its tokens for words that only validate took 10 % off the bits per byte."""
+    text = "to be or not to be " * 90 + "zyzzyva quux " * 15
+    (tmp_path / "t.txt").write_text(text, encoding="utf-8")
+    folder = make(tmp_path / "t.txt", tokenizer="bpe", vocab_size=270)
+    assert text_of(folder) == text
+    assert len(tokens(folder, "train")) < 1000 and len(tokens(folder, "val")) > 130
+
+
 def test_vocabulary_fits_the_text(make, text_file):
     """4,096 tokens for every text were more than a small one bears; where it cannot even give the
     size that was chosen for it, that is no error."""
