@@ -286,7 +286,7 @@ def test_bpe_sample_is_bounded_and_spread(make, tmp_path, monkeypatch, small_pie
 
 
 def test_bpe_has_not_seen_the_validation_text(make, tmp_path):
-    """It had: on 20 kB its tokens for words that only validate took 10 % off the bits per byte."""
+    """It had, so that words which only validate were tokens: on 20 kB a tenth fewer of them."""
     text = "to be or not to be " * 90 + "zyzzyva quux " * 15
     (tmp_path / "t.txt").write_text(text, encoding="utf-8")
     folder = make(tmp_path / "t.txt", tokenizer="bpe", vocab_size=270)

@@ -338,6 +338,22 @@ def test_minutes_are_settled_once(config, monkeypatch):
     assert newest(cfg).name == "checkpoint-000007" and saved(cfg)["train"]["max_iters"] == 7
 
 
+def test_minutes_hold_evaluations_and_dropout():
+    """A run took up to 1.5 times the minutes asked for: neither of the two was counted."""
+    asked = []
+
+    def measure(dropout):
+        asked.append(dropout)
+        return 0.5 if dropout else 0.25, 3.0, 2.0, 0  # update, evaluation, elapsed, memory
+
+    cfg = train.Config(minutes=1.0)
+    long = train.choose_length(cfg, 10_007, 7, measure)  # less than two passes
+    assert (long.max_iters, long.dropout) == (172, 0.0)  # (60 - 2 - 5 x 3) / 0.25
+    short = train.choose_length(cfg, 201, 7, measure)
+    assert (short.max_iters, short.dropout) == (86, 0.1)  # at 0.5 s, three passes
+    assert asked == [0.0, 0.0, 0.2]
+
+
 def test_dry_run_measures_and_writes_nothing(config, capsys, tmp_path):
     """Would catch a dry run that leaves a folder, or that only estimates."""
     train.main(config(dry_run=True, gradient_accumulation_steps=3))
