@@ -58,12 +58,12 @@ class Config:
     gradient_accumulation_steps: int = 1  # micro-batches an update
     max_iters: int | None = None  # updates; None: chosen from the size of the data
     max_epochs: float | None = None  # instead: passes over the training split
-    minutes: float | None = None  # instead: as many updates as fit, 10 epochs at most
+    minutes: float | None = None  # instead: as many updates as fit, 10 epochs at most (tiny: 20)
     optimizer: Literal["adamw", "muon"] = "muon"  # muon: for hidden matrices, AdamW for the rest
     learning_rate: float = 1e-2  # at its peak
     min_lr: float = 0.0  # at the last update
     embedding_lr: float | None = None  # peak for embeddings; None: learning_rate, doubled with muon
-    head_lr: float | None = None  # peak for an untied head; None: learning_rate
+    head_lr: float | None = None  # peak for an untied head; None: learning_rate, chosen with muon
     schedule: Literal["linear", "cosine"] = "linear"  # from the peak to min_lr
     warmup_iters: int | None = None  # of linear warm-up; None: a tenth of the run, at most 40
     weight_decay: float = 0.1  # of matrices; with muon of the hidden ones
@@ -402,12 +402,14 @@ def read_windows(tokens, windows, block_size, vocab_size, device):
 # what is not set by hand
 
 
-# A small text is soon memorized: a smaller model, dropout and fewer epochs delay that; where a text
-# is not repeated dropout only costs loss. Measured in docs/LOG.md.
+# A small text is soon memorized, by an untied head first: a smaller model, dropout, a slower head
+# and fewer epochs delay that; where a text is not repeated they cost loss. Measured in docs/LOG.md.
 WIDTHS = ((60_000, 128), (400_000, 192), (math.inf, 256))  # train tokens up to which one holds
-DROPOUTS = ((2, 0.0), (5, 0.1), (math.inf, 0.2))  # epochs up to which one holds
+# epochs up to which a line holds; dropout; with muon the head's part of learning_rate
+REPEATS = ((2, 0.0, 1.0), (5, 0.1, 0.3), (math.inf, 0.2, 0.3))
 EVALUATIONS = 5  # of a run, the first before the first update, unless --eval_interval says more
-MAX_EPOCHS = 10  # of a run whose length is not given, or given in minutes
+MAX_EPOCHS = 10  # of a run whose length is not given, or given in minutes,
+MIN_ITERS = 40  # but up to twice as many epochs where a tiny text has fewer updates
 
 
 def choose_shape(cfg, tokens):
@@ -422,20 +424,24 @@ def choose_shape(cfg, tokens):
 
 def choose_length(cfg, train_windows, rows, measure):
     """Choose max_iters, from max_epochs or minutes where one is given, and from it dropout,
-    warmup_iters and eval_interval.
+    head_lr, warmup_iters and eval_interval.
 
     measure: measure_run for a dropout.
     """
 
-    def dropout_of(iters):
-        epochs = iters * rows / train_windows
-        chosen = next(p for most, p in DROPOUTS if epochs <= most)
-        return chosen if cfg.dropout is None else cfg.dropout
+    epoch = train_windows / rows
 
-    most = math.ceil(MAX_EPOCHS * train_windows / rows)
+    def repeats(iters):
+        """(dropout, head_lr) of a run of so many updates."""
+        _, dropout, head = next(line for line in REPEATS if iters / epoch <= line[0])
+        head_lr = head * cfg.learning_rate if cfg.optimizer == "muon" else None
+        return (dropout if cfg.dropout is None else cfg.dropout,
+                head_lr if cfg.head_lr is None else cfg.head_lr)
+
+    most = math.ceil(min(2 * MAX_EPOCHS * epoch, max(MAX_EPOCHS * epoch, MIN_ITERS)))
     iters = min(560, most) if cfg.max_iters is None else cfg.max_iters
     if cfg.max_epochs:
-        iters = math.ceil(cfg.max_epochs * train_windows / rows)
+        iters = math.ceil(cfg.max_epochs * epoch)
     if cfg.minutes:
         dropout = cfg.dropout or 0.0
         for _ in range(2):  # dropout takes time, and depends on the length
@@ -445,11 +451,12 @@ def choose_length(cfg, train_windows, rows, measure):
             once = EVALUATIONS if cfg.eval_interval is None else 1
             left = cfg.minutes * 60 - elapsed - once * evaluation
             iters = min(most, max(1, int(left / update)))
-            if dropout_of(iters) == dropout:
+            if repeats(iters)[0] == dropout:
                 break
-            dropout = dropout_of(iters)
-    settled = {"max_iters": iters, "max_epochs": None, "minutes": None,
-               "dropout": dropout_of(iters)}
+            dropout, _ = repeats(iters)
+    dropout, head_lr = repeats(iters)
+    settled = {"max_iters": iters, "max_epochs": None, "minutes": None, "dropout": dropout,
+               "head_lr": head_lr}
     if cfg.warmup_iters is None:
         settled["warmup_iters"] = min(40, iters // 10)
     if cfg.eval_interval is None:
@@ -662,6 +669,8 @@ def settings_of(cfg, checkpoint, saved):
             settings |= asdict(GPTConfig(**saved["model"])) | saved["train"]
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{checkpoint} is no checkpoint of train.py: {error!r}") from error
+        if settings.get("head_lr") is None:
+            settings["head_lr"] = settings["learning_rate"]
         cfg = runtime.resume_settings(cfg, settings)
     beside = sorted(given & set(MODEL_FIELDS) - {"dropout", "block_size"})
     if beside and cfg.init_from != "scratch":

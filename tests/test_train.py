@@ -338,6 +338,17 @@ def test_minutes_are_settled_once(config, monkeypatch):
     assert newest(cfg).name == "checkpoint-000007" and saved(cfg)["train"]["max_iters"] == 7
 
 
+@pytest.mark.parametrize(("windows", "iters", "head_lr"), [
+    (9, 23, 0.003), (19, 40, 0.003), (99, 124, 0.003), (2_239, 560, 0.003), (2_241, 560, 0.01)])
+def test_a_small_text_is_repeated(windows, iters, head_lr):
+    """Ten passes were too few for a tiny text; the head learned small ones by heart."""
+    chosen = train.choose_length(train.Config(), windows, 8, None)
+    assert (chosen.max_iters, chosen.head_lr) == (iters, pytest.approx(head_lr))
+    plain = train.choose_length(train.Config(optimizer="adamw"), windows, 8, None)
+    said = train.choose_length(train.Config(head_lr=0.0), windows, 8, None)
+    assert (plain.head_lr, said.head_lr) == (None, 0.0)
+
+
 def test_minutes_hold_evaluations_and_dropout():
     """A run took up to 1.5 times the minutes asked for: neither of the two was counted."""
     asked = []
@@ -348,9 +359,9 @@ def test_minutes_hold_evaluations_and_dropout():
 
     cfg = train.Config(minutes=1.0)
     long = train.choose_length(cfg, 10_007, 7, measure)  # less than two passes
-    assert (long.max_iters, long.dropout) == (172, 0.0)  # (60 - 2 - 5 x 3) / 0.25
+    assert (long.max_iters, long.dropout, long.head_lr) == (172, 0.0, 0.01)  # 60 - 2 - 5 x 3 s
     short = train.choose_length(cfg, 201, 7, measure)
-    assert (short.max_iters, short.dropout) == (86, 0.1)  # at 0.5 s, three passes
+    assert (short.max_iters, short.dropout, short.head_lr) == (86, 0.1, 0.003)  # three passes
     assert asked == [0.0, 0.0, 0.2]
 
 
@@ -491,7 +502,7 @@ def test_what_may_not_change_is_refused_in_one_message(copied, fails, data_dir, 
     fails(2, lambda: train.main(typed(*command)), "tokenizer")
 
 
-def test_an_old_run_resumes(config):
+def test_an_old_run_resumes(config, monkeypatch):
     """Would catch a run of an older version that is lost: its settings are in config.json, without
     the fields that came since, and its max_epochs is 0.0 where None stands now."""
     old = dict(rope_theta=None, rms_norm=False, swiglu=False, qk_norm=False, norm_eps=1e-5)
@@ -506,8 +517,10 @@ def test_an_old_run_resumes(config):
     old = {k: was[k] for k in ("model", "train", "iter", "skipped", "best_val_loss")}
     (newest(cfg) / "run.json").rename(newest(cfg) / "config.json")
     change(newest(cfg), "config.json", json.dumps(old))
+    monkeypatch.setattr(train, "REPEATS", ((math.inf, 0.2, 0.3),))  # what a new run would take
     train.main(typed(f"--out_dir={cfg.out_dir}", "--resume", "--max_iters=7"))
     assert newest(cfg).name == "checkpoint-000007" and not same_weights(weights(cfg), before)
+    assert saved(cfg)["train"]["head_lr"] == cfg.learning_rate
     assert saved(cfg)["model"]["rope_theta"] is None and saved(cfg)["train"]["schedule"] == "cosine"
     model = train.GPT(train.GPTConfig(8, 51, 1, 2, 12))
     for name in ("muon", "adamw"):  # an older run's AdamW has two groups: matrices, then the rest
