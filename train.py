@@ -34,7 +34,7 @@ class Config:
     resume: bool = False  # continue from the newest intact checkpoint in out_dir
     overwrite: bool = False  # start again in an out_dir that holds a run
     seed: int = 1337  # of the weights, the order of the data and dropout
-    # model; see model.GPTConfig. None: chosen from the size of the data
+    # model; see model.GPTConfig. None: chosen from the length of the run
     block_size: int = 256  # tokens of context
     n_layer: int | None = None  # blocks
     n_head: int | None = None  # query heads a block
@@ -137,13 +137,12 @@ def train(cfg, out_dir, stop, checkpoint, saved):
     rows = cfg.batch_size * cfg.gradient_accumulation_steps * world
     check_data(cfg, data, vocab_size, rows)
     train_windows = count_windows(data["train"], cfg.block_size)
-    cfg = choose_shape(cfg, len(data["train"]))
 
-    def measure(dropout):
-        model = make_model(replace(cfg, dropout=dropout), vocab_size, saved, tokenizer)
+    def measure(cfg):
+        model = make_model(cfg, vocab_size, saved, tokenizer)
         return measure_run(model, data, cfg, accelerator, rows, began)
 
-    cfg = choose_length(cfg, train_windows, rows, measure)
+    cfg = choose(cfg, train_windows, rows, measure)
     model = make_model(cfg, vocab_size, saved, tokenizer)
     if checkpoint:
         check_resume(cfg, checkpoint, saved, meta, model.config, rows)
@@ -158,7 +157,7 @@ def train(cfg, out_dir, stop, checkpoint, saved):
     # -- optimizers ----------------------------------------------------------------------------
     if cfg.dry_run:
         announce(cfg, accelerator, model, data, rows)
-        return dry_run(cfg, model, *measure(cfg.dropout))
+        return dry_run(cfg, model, *measure(cfg))
     it = int(checkpoint.name[11:]) if checkpoint else 0
     if it > cfg.max_iters:
         raise UserError(f"{checkpoint} has done {it} iterations, more than the {cfg.max_iters} "
@@ -402,66 +401,65 @@ def read_windows(tokens, windows, block_size, vocab_size, device):
 # what is not set by hand
 
 
-# A small text is soon memorized, by an untied head first: a smaller model, dropout, a slower head
-# and fewer epochs delay that; where a text is not repeated they cost loss. Measured in docs/LOG.md.
-WIDTHS = ((60_000, 128), (400_000, 192), (math.inf, 256))  # train tokens up to which one holds
-# epochs up to which a line holds; dropout; with muon the head's part of learning_rate
+# Measured in docs/LOG.md. In few updates a narrow model gets further in the same time, and a small
+# text, of which few are made, is memorized later.
+WIDTHS = ((2_000, 128), (7_000, 192), (math.inf, 256))  # updates up to which one holds
+# Where a text is repeated dropout and a slower untied head, which memorizes first, delay that, too;
+# else they cost loss: epochs up to which a line holds; dropout; with muon the head's part of
+# learning_rate
 REPEATS = ((2, 0.0, 1.0), (5, 0.1, 0.3), (math.inf, 0.2, 0.3))
+UPDATES = 1_250  # of a run whose length is not given
 EVALUATIONS = 5  # of a run, the first before the first update, unless --eval_interval says more
 MAX_EPOCHS = 10  # of a run whose length is not given, or given in minutes,
 MIN_ITERS = 40  # but up to twice as many epochs where a tiny text has fewer updates
 
 
-def choose_shape(cfg, tokens):
-    """Fill in what is None of the model's shape, from the number of train tokens."""
-    if cfg.init_from != "scratch":
-        return cfg
-    width = cfg.n_embd or next(width for most, width in WIDTHS if tokens <= most)
-    heads = width // 64 if width % 64 == 0 else 4
-    shape = {"n_layer": 4, "n_head": heads, "n_embd": width}
-    return replace(cfg, **{k: v for k, v in shape.items() if getattr(cfg, k) is None})
+def choose(cfg, train_windows, rows, measure):
+    """cfg with its length settled, from max_epochs or minutes where one is given, and what is None
+    of shape, dropout, head_lr, warmup_iters and eval_interval chosen to suit it.
 
-
-def choose_length(cfg, train_windows, rows, measure):
-    """Choose max_iters, from max_epochs or minutes where one is given, and from it dropout,
-    head_lr, warmup_iters and eval_interval.
-
-    measure: measure_run for a dropout.
+    measure: measure_run for a cfg.
     """
-
     epoch = train_windows / rows
-
-    def repeats(iters):
-        """(dropout, head_lr) of a run of so many updates."""
-        _, dropout, head = next(line for line in REPEATS if iters / epoch <= line[0])
-        head_lr = head * cfg.learning_rate if cfg.optimizer == "muon" else None
-        return (dropout if cfg.dropout is None else cfg.dropout,
-                head_lr if cfg.head_lr is None else cfg.head_lr)
-
     most = math.ceil(min(2 * MAX_EPOCHS * epoch, max(MAX_EPOCHS * epoch, MIN_ITERS)))
-    iters = min(560, most) if cfg.max_iters is None else cfg.max_iters
+
+    def settle(iters):
+        """cfg for a run of so many updates."""
+        chosen = {"warmup_iters": min(40, iters // 10),
+                  "eval_interval": max(1, iters // (EVALUATIONS - 1))}
+        if cfg.init_from == "scratch":
+            width = next(width for up_to, width in WIDTHS if min(iters, most) <= up_to)
+            width = cfg.n_embd or width
+            chosen |= {"n_layer": 4, "n_embd": width, "n_head": 4 if width % 64 else width // 64}
+        _, chosen["dropout"], head = next(line for line in REPEATS if iters / epoch <= line[0])
+        if cfg.optimizer == "muon":
+            chosen["head_lr"] = head * cfg.learning_rate
+        chosen = {name: value for name, value in chosen.items() if getattr(cfg, name) is None}
+        return replace(cfg, max_iters=iters, max_epochs=None, minutes=None, **chosen)
+
+    def fitting(tried):
+        """How many updates fit into cfg.minutes."""
+        update, evaluation, elapsed, _ = measure(tried)
+        if cfg.eval_interval:
+            update += evaluation / cfg.eval_interval
+        once = EVALUATIONS if cfg.eval_interval is None else 1
+        left = cfg.minutes * 60 - elapsed - once * evaluation
+        return min(most, max(1, int(left / update)))
+
+    iters = min(UPDATES, most) if cfg.max_iters is None else cfg.max_iters
     if cfg.max_epochs:
         iters = math.ceil(cfg.max_epochs * epoch)
     if cfg.minutes:
-        dropout = cfg.dropout or 0.0
-        for _ in range(2):  # dropout takes time, and depends on the length
-            update, evaluation, elapsed, _ = measure(dropout)
-            if cfg.eval_interval:
-                update += evaluation / cfg.eval_interval
-            once = EVALUATIONS if cfg.eval_interval is None else 1
-            left = cfg.minutes * 60 - elapsed - once * evaluation
-            iters = min(most, max(1, int(left / update)))
-            if repeats(iters)[0] == dropout:
+        tried = settle(1)
+        iters = fitting(tried)
+        cfg = replace(cfg, n_embd=settle(iters).n_embd)  # by what fits the narrowest
+        for _ in range(2):  # width and dropout take time; dropout depends on the length
+            wanted = settle(iters)
+            if (wanted.n_embd, wanted.dropout) == (tried.n_embd, tried.dropout):
                 break
-            dropout, _ = repeats(iters)
-    dropout, head_lr = repeats(iters)
-    settled = {"max_iters": iters, "max_epochs": None, "minutes": None, "dropout": dropout,
-               "head_lr": head_lr}
-    if cfg.warmup_iters is None:
-        settled["warmup_iters"] = min(40, iters // 10)
-    if cfg.eval_interval is None:
-        settled["eval_interval"] = max(1, iters // (EVALUATIONS - 1))
-    return replace(cfg, **settled)
+            tried = wanted
+            iters = fitting(tried)
+    return settle(iters)
 
 
 # ---------------------------------------------------------------------------------------------

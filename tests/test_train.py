@@ -339,30 +339,48 @@ def test_minutes_are_settled_once(config, monkeypatch):
 
 
 @pytest.mark.parametrize(("windows", "iters", "head_lr"), [
-    (9, 23, 0.003), (19, 40, 0.003), (99, 124, 0.003), (2_239, 560, 0.003), (2_241, 560, 0.01)])
+    (9, 23, 0.003), (19, 40, 0.003), (99, 124, 0.003), (4_999, 1_250, 0.003), (5_000, 1_250, 0.01)])
 def test_a_small_text_is_repeated(windows, iters, head_lr):
     """Ten passes were too few for a tiny text; the head learned small ones by heart."""
-    chosen = train.choose_length(train.Config(), windows, 8, None)
+    chosen = train.choose(train.Config(), windows, 8, None)
     assert (chosen.max_iters, chosen.head_lr) == (iters, pytest.approx(head_lr))
-    plain = train.choose_length(train.Config(optimizer="adamw"), windows, 8, None)
-    said = train.choose_length(train.Config(head_lr=0.0), windows, 8, None)
+    plain = train.choose(train.Config(optimizer="adamw"), windows, 8, None)
+    said = train.choose(train.Config(head_lr=0.0), windows, 8, None)
     assert (plain.head_lr, said.head_lr) == (None, 0.0)
+
+
+@pytest.mark.parametrize(("said", "shape"), [
+    (dict(), (4, 2, 128)), (dict(max_iters=2_001), (4, 3, 192)),
+    (dict(max_iters=7_001), (4, 4, 256)), (dict(n_embd=100), (4, 4, 100)),
+    (dict(n_layer=3, n_head=1), (3, 1, 128))])
+def test_a_longer_run_is_wider(said, shape):
+    """A minute on 2 cores gave 10 % more bits per byte with a width of 256 than with 128."""
+    chosen = train.choose(train.Config(**said), 99_999, 8, None)
+    assert (chosen.n_layer, chosen.n_head, chosen.n_embd) == shape
+    assert train.choose(train.Config(max_iters=7_001), 99, 8, None).n_embd == 128  # many passes
 
 
 def test_minutes_hold_evaluations_and_dropout():
     """A run took up to 1.5 times the minutes asked for: neither of the two was counted."""
     asked = []
 
-    def measure(dropout):
-        asked.append(dropout)
-        return 0.5 if dropout else 0.25, 3.0, 2.0, 0  # update, evaluation, elapsed, memory
+    def measure(cfg):  # -> update, evaluation, elapsed, memory
+        asked.append((cfg.n_embd, cfg.dropout))
+        return cfg.n_embd / 512 * (2 if cfg.dropout else 1), 3.0, 2.0, 0
 
-    cfg = train.Config(minutes=1.0)
-    long = train.choose_length(cfg, 10_007, 7, measure)  # less than two passes
-    assert (long.max_iters, long.dropout, long.head_lr) == (172, 0.0, 0.01)  # 60 - 2 - 5 x 3 s
-    short = train.choose_length(cfg, 201, 7, measure)
-    assert (short.max_iters, short.dropout, short.head_lr) == (86, 0.1, 0.003)  # three passes
-    assert asked == [0.0, 0.0, 0.2]
+    def fit(minutes, windows):
+        asked.clear()
+        return train.choose(train.Config(minutes=minutes), windows, 7, measure)
+
+    once = fit(1.0, 10_007)  # less than two passes
+    assert (once.max_iters, once.dropout, once.head_lr) == (172, 0.0, 0.01)  # 60 - 2 - 5 x 3 s
+    assert asked == [(128, 0.0)] and once.minutes is None
+    often = fit(1.0, 201)
+    assert (often.max_iters, often.dropout, often.head_lr) == (86, 0.1, 0.003)  # three passes
+    assert asked == [(128, 0.0), (128, 0.2), (128, 0.1)]
+    wide = fit(10.0, 100_007)  # 2,332 of the narrowest fit
+    assert (wide.max_iters, wide.n_embd, wide.n_head) == (1_554, 192, 3)
+    assert asked == [(128, 0.0), (192, 0.0)]
 
 
 def test_dry_run_measures_and_writes_nothing(config, capsys, tmp_path):
