@@ -401,12 +401,11 @@ def read_windows(tokens, windows, block_size, vocab_size, device):
 # what is not set by hand
 
 
-# Measured in docs/LOG.md. In few updates a narrow model gets further in the same time, and a small
-# text, of which few are made, is memorized later.
-WIDTHS = ((2_000, 128), (7_000, 192), (math.inf, 256))  # updates up to which one holds
-# Where a text is repeated dropout and a slower untied head, which memorizes first, delay that, too;
-# else they cost loss: epochs up to which a line holds; dropout; with muon the head's part of
-# learning_rate
+# Measured, see docs/LOG.md. A narrow model sees more tokens in the same time: it wins as long as
+# they are few, and memorizes a small text later. Tokens of a run up to which a width holds:
+WIDTHS = ((4e6, 128), (15e6, 192), (math.inf, 256))
+# A text that is repeated needs dropout and a slow untied head, which memorizes first; one that is
+# not loses by both. Epochs up to which a line holds, dropout, the head's part of Muon's rate:
 REPEATS = ((2, 0.0, 1.0), (5, 0.1, 0.3), (math.inf, 0.2, 0.3))
 UPDATES = 1_250  # of a run whose length is not given
 EVALUATIONS = 5  # of a run, the first before the first update, unless --eval_interval says more
@@ -428,8 +427,8 @@ def choose(cfg, train_windows, rows, measure):
         chosen = {"warmup_iters": min(40, iters // 10),
                   "eval_interval": max(1, iters // (EVALUATIONS - 1))}
         if cfg.init_from == "scratch":
-            width = next(width for up_to, width in WIDTHS if min(iters, most) <= up_to)
-            width = cfg.n_embd or width
+            tokens = min(iters, most) * rows * cfg.block_size
+            width = cfg.n_embd or next(width for up_to, width in WIDTHS if tokens <= up_to)
             chosen |= {"n_layer": 4, "n_embd": width, "n_head": 4 if width % 64 else width // 64}
         _, chosen["dropout"], head = next(line for line in REPEATS if iters / epoch <= line[0])
         if cfg.optimizer == "muon":
