@@ -425,7 +425,7 @@ def choose(cfg, train_windows, rows, measure):
     def settle(iters):
         """cfg for a run of so many updates."""
         chosen = {"warmup_iters": min(40, iters // 10),
-                  "eval_interval": max(1, iters // (EVALUATIONS - 1))}
+                  "eval_interval": max(1, math.ceil(iters / (EVALUATIONS - 1)))}
         if cfg.init_from == "scratch":
             tokens = min(iters, most) * rows * cfg.block_size
             width = cfg.n_embd or next(width for up_to, width in WIDTHS if tokens <= up_to)
