@@ -63,7 +63,7 @@ class Config:
     learning_rate: float = 1e-2  # at its peak
     min_lr: float = 0.0  # at the last update
     embedding_lr: float | None = None  # peak for embeddings; None: learning_rate, doubled with muon
-    head_lr: float | None = None  # peak for an untied head; None: learning_rate, chosen with muon
+    head_lr: float | None = None  # peak for an untied head; None: learning_rate or, with muon, less
     schedule: Literal["linear", "cosine"] = "linear"  # from the peak to min_lr
     warmup_iters: int | None = None  # of linear warm-up; None: a tenth of the run, at most 40
     weight_decay: float = 0.1  # of matrices; with muon of the hidden ones
@@ -405,10 +405,10 @@ def read_windows(tokens, windows, block_size, vocab_size, device):
 # they are few, and memorizes a small text later. Tokens of a run up to which a width holds:
 WIDTHS = ((4e6, 128), (15e6, 192), (math.inf, 256))
 # A text that is repeated needs dropout and a slow untied head, which memorizes first; one that is
-# not loses by both. Epochs up to which a line holds, dropout, the head's part of Muon's rate:
+# not loses by both. Epochs up to which a line holds, dropout, the head's part of learning_rate:
 REPEATS = ((2, 0.0, 1.0), (5, 0.1, 0.3), (math.inf, 0.2, 0.3))
 UPDATES = 1_250  # of a run whose length is not given
-EVALUATIONS = 5  # of a run, the first before the first update, unless --eval_interval says more
+EVALUATIONS = 5  # of a run at most, one before the first update; or --eval_interval
 MAX_EPOCHS = 10  # of a run whose length is not given, or given in minutes,
 MIN_ITERS = 40  # but up to twice as many epochs where a tiny text has fewer updates
 
@@ -431,7 +431,7 @@ def choose(cfg, train_windows, rows, measure):
             width = cfg.n_embd or next(width for up_to, width in WIDTHS if tokens <= up_to)
             chosen |= {"n_layer": 4, "n_embd": width, "n_head": 4 if width % 64 else width // 64}
         _, chosen["dropout"], head = next(line for line in REPEATS if iters / epoch <= line[0])
-        if cfg.optimizer == "muon":
+        if head < 1 and cfg.optimizer == "muon" and not cfg.resume:
             chosen["head_lr"] = head * cfg.learning_rate
         chosen = {name: value for name, value in chosen.items() if getattr(cfg, name) is None}
         return replace(cfg, max_iters=iters, max_epochs=None, minutes=None, **chosen)
@@ -666,8 +666,6 @@ def settings_of(cfg, checkpoint, saved):
             settings |= asdict(GPTConfig(**saved["model"])) | saved["train"]
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{checkpoint} is no checkpoint of train.py: {error!r}") from error
-        if settings.get("head_lr") is None:
-            settings["head_lr"] = settings["learning_rate"]
         cfg = runtime.resume_settings(cfg, settings)
     beside = sorted(given & set(MODEL_FIELDS) - {"dropout", "block_size"})
     if beside and cfg.init_from != "scratch":
