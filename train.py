@@ -9,6 +9,7 @@ torchrun --nproc_per_node 2 train.py           # several processes, GPUs or not
 """
 
 import contextlib
+import copy
 import json
 import math
 import re
@@ -155,16 +156,16 @@ def train(cfg, out_dir, stop, checkpoint, saved):
         prompt = encode_prompt(model, tokenizer, cfg.sample_start)
 
     # -- optimizers ----------------------------------------------------------------------------
-    if cfg.dry_run:
-        announce(cfg, accelerator, model, data, rows)
-        return dry_run(cfg, model, *measure(cfg))
     it = int(checkpoint.name[11:]) if checkpoint else 0
     if it > cfg.max_iters:
         raise UserError(f"{checkpoint} has done {it} iterations, more than the {cfg.max_iters} "
-                        "asked for; give a larger --max_iters, or start again with --overwrite")
+                        "asked for; make the run longer, or start again with --overwrite")
     if cfg.warmup_iters > cfg.max_iters:
         raise UserError(f"--warmup_iters {cfg.warmup_iters} is longer than the run of "
                         f"--max_iters {cfg.max_iters}", 2)
+    if cfg.dry_run:
+        announce(cfg, accelerator, model, data, rows)
+        return dry_run(cfg, model, *measure(cfg))
     model.to(device).train()
     optimizers = make_optimizers(model, cfg, device)
     model, *optimizers = accelerator.prepare(model, *optimizers)
@@ -429,8 +430,11 @@ def choose(cfg, train_windows, rows, measure):
         if cfg.init_from == "scratch":
             tokens = min(iters, most) * rows * cfg.block_size
             width = cfg.n_embd or next(width for up_to, width in WIDTHS if tokens <= up_to)
-            chosen |= {"n_layer": 4, "n_embd": width, "n_head": 4 if width % 64 else width // 64}
-        _, chosen["dropout"], head = next(line for line in REPEATS if iters / epoch <= line[0])
+            heads = cfg.n_head or (math.gcd(4, width // 2) if width % 64 else width // 64)
+            heads += -heads % (cfg.n_kv_head or 1)
+            width += -width % (2 * heads)  # an even width of each, for rotary positions
+            chosen |= {"n_layer": 4, "n_embd": width, "n_head": heads}
+        _, chosen["dropout"], head = next(line for line in REPEATS if iters - 1 < line[0] * epoch)
         if head < 1 and cfg.optimizer == "muon" and not cfg.resume:
             chosen["head_lr"] = head * cfg.learning_rate
         chosen = {name: value for name, value in chosen.items() if getattr(cfg, name) is None}
@@ -447,7 +451,7 @@ def choose(cfg, train_windows, rows, measure):
 
     iters = min(UPDATES, most) if cfg.max_iters is None else cfg.max_iters
     if cfg.max_epochs:
-        iters = math.ceil(cfg.max_epochs * epoch)
+        iters = math.ceil(cfg.max_epochs * train_windows / rows)
     if cfg.minutes:
         tried = settle(1)
         iters = fitting(tried)
@@ -646,7 +650,7 @@ def check_config(cfg):
     check_range(cfg, 0, "dropout", "beta1", "beta2", "momentum", high=1 - 1e-9)
     check_range(cfg, 0, "seed", high=2**63 - 1)
     for group in Config.ALTERNATIVES:
-        said = [f"--{name}" for name in group if getattr(cfg, name)]
+        said = [f"--{name}" for name in group if getattr(cfg, name) is not None]
         if len(said) > 1:
             raise UserError(f"{' and '.join(said)} set the same thing; give only one", 2)
     if not cfg.learning_rate and (cfg.embedding_lr or cfg.head_lr):
@@ -693,6 +697,7 @@ def make_model(cfg, vocab_size, saved, tokenizer):
     import convert  # only here: it brings transformers along
 
     model = convert.from_pretrained(cfg.init_from, cfg.dropout).train()
+    model = copy.deepcopy(model)  # aligned as a resumed one: where not, kernels round otherwise
     c = model.config
     if c.vocab_size < vocab_size or c.block_size < cfg.block_size:
         raise UserError(f"--init_from {cfg.init_from} has vocab_size {c.vocab_size} and block_size "
@@ -709,7 +714,7 @@ def check_resume(cfg, folder, saved, meta, config, rows):
     product = "batch_size x gradient_accumulation_steps x processes"
     was[product] = saved.get("rows", rows)  # older runs did not say
     now[product] = rows
-    for name in ("init_from", "optimizer"):
+    for name in ("init_from", "optimizer", "block_size"):
         was[f"--{name}"] = saved["train"].get(name)
         now[f"--{name}"] = getattr(cfg, name)
     if cfg.init_from == "scratch":
@@ -768,7 +773,7 @@ def dry_run(cfg, model, seconds, evaluation, _, memory):
     hidden = sum(p.numel() for p in model.transformer.h.parameters() if p.dim() >= 2)
     checkpoint = 12 * N - (4 * hidden if cfg.optimizer == "muon" else 0)  # Muon keeps one moment
     disk = (cfg.keep_checkpoints + 1) * checkpoint + 4 * N  # one is written before one is deleted
-    evaluations = 1 + cfg.max_iters // (cfg.eval_interval or cfg.max_iters or 1)
+    evaluations = 1 + math.ceil(cfg.max_iters / (cfg.eval_interval or math.inf))
     hours = (seconds * cfg.max_iters + evaluation * evaluations) / 3600
     print0(f"dry run, nothing is written\n"
            f"time         {hours:.2f} hours: {seconds:.2f} s an iteration, {evaluation:.2f} s an "
