@@ -403,12 +403,13 @@ def read_windows(tokens, windows, block_size, vocab_size, device):
 
 
 # Measured, see docs/LOG.md. A narrow model sees more tokens in the same time: it wins as long as
-# they are few, and memorizes a small text later. Tokens of a run up to which a width holds:
+# they are few, and memorizes a small text later. Tokens of a run up to which a width holds; the
+# first has 3 layers for the same reason, 4 where the text is repeated:
 WIDTHS = ((4e6, 128), (15e6, 192), (math.inf, 256))
 # A text that is repeated needs dropout and a slow untied head, which memorizes first; one that is
 # not loses by both. Epochs up to which a line holds, dropout, the head's part of learning_rate:
 REPEATS = ((2, 0.0, 1.0), (5, 0.1, 0.3), (math.inf, 0.2, 0.3))
-UPDATES = 1_250  # of a run whose length is not given
+UPDATES = 1_450  # of a run whose length is not given
 EVALUATIONS = 5  # of a run at most, one before the first update; or --eval_interval
 MAX_EPOCHS = 10  # of a run whose length is not given, or given in minutes,
 MIN_ITERS = 40  # but up to twice as many epochs where a tiny text has fewer updates
@@ -427,14 +428,15 @@ def choose(cfg, train_windows, rows, measure):
         """cfg for a run of so many updates."""
         chosen = {"warmup_iters": min(40, iters // 10),
                   "eval_interval": max(1, math.ceil(iters / (EVALUATIONS - 1)))}
+        _, chosen["dropout"], head = next(line for line in REPEATS if iters - 1 < line[0] * epoch)
         if cfg.init_from == "scratch":
             tokens = min(iters, most) * rows * cfg.block_size
             width = cfg.n_embd or next(width for up_to, width in WIDTHS if tokens <= up_to)
             heads = cfg.n_head or (math.gcd(4, width // 2) if width % 64 else width // 64)
             heads += -heads % (cfg.n_kv_head or 1)
             width += -width % (2 * heads)  # an even width of each, for rotary positions
-            chosen |= {"n_layer": 4, "n_embd": width, "n_head": heads}
-        _, chosen["dropout"], head = next(line for line in REPEATS if iters - 1 < line[0] * epoch)
+            few = width < WIDTHS[1][1] and not chosen["dropout"]
+            chosen |= {"n_layer": 3 if few else 4, "n_embd": width, "n_head": heads}
         if head < 1 and cfg.optimizer == "muon" and not cfg.resume:
             chosen["head_lr"] = head * cfg.learning_rate
         chosen = {name: value for name, value in chosen.items() if getattr(cfg, name) is None}
