@@ -159,7 +159,7 @@ def train(cfg, out_dir, stop, checkpoint, saved):
     it = int(checkpoint.name[11:]) if checkpoint else 0
     if it > cfg.max_iters:
         raise UserError(f"{checkpoint} has done {it} iterations, more than the {cfg.max_iters} "
-                        "asked for; make the run longer, or start again with --overwrite")
+                        "asked for; give a larger --max_iters, or start again with --overwrite")
     if cfg.warmup_iters > cfg.max_iters:
         raise UserError(f"--warmup_iters {cfg.warmup_iters} is longer than the run of "
                         f"--max_iters {cfg.max_iters}", 2)
