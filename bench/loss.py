@@ -1,4 +1,4 @@
-"""the default recipe, racer.py and another checkout's default (--peer), 3 seeds; 25 minutes"""
+"""the default recipe, racer.py and another checkout's default (--peer), 3 seeds; 30 minutes"""
 
 import subprocess
 import sys

@@ -406,6 +406,14 @@ def test_dry_run_measures_and_writes_nothing(config, capsys, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("interval", "count"), [(0, 1), (4, 4), (11, 2)])
+def test_dry_run_counts_evaluations(config, capsys, monkeypatch, interval, count):
+    """At 0, 4, 8 and 11 of 11 iterations there were 3, and without an interval 2."""
+    monkeypatch.setattr(train, "measure_run", lambda *a: (0.0, 3600.0, 0.0, 1e9))
+    train.main(config(dry_run=True, eval_interval=interval))
+    assert f" {count}.00 hours" in capsys.readouterr().out
+
+
 def test_dry_run_of_a_resumed_run(copied, capsys):
     """Would catch one that measures this command's defaults instead of the run."""
     before = snapshot(copied.out_dir)
