@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from runtime import UserError
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: a second thread only gets in the way
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # bit for bit holds on CPUs; "0" shows a GPU
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background job ignores it
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reached for the network would fail at once
 
 SHARED = Path(os.environ.get("SHARED_DATA_DIR", "/nowhere"))
