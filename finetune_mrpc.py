@@ -224,10 +224,11 @@ def load_model(name, accelerator, names=None):
 def label_ids(model, labels):
     """The model's id of each of `labels`: by name where the names match, else by number. A model
     may count its labels in another order than the file."""
-    own = {str(name).lower(): int(i) for i, name in model.config.id2label.items()}
-    for spelled in (labels.values(), labels):
-        if all(name.lower() in own for name in spelled):
-            return [own[name.lower()] for name in spelled]
+    for spell in (str, str.lower):  # Yes and yes may be two labels, or one
+        own = {spell(str(name)): int(i) for i, name in model.config.id2label.items()}
+        for names in (labels.values(), labels):
+            if all(spell(name) in own for name in names):
+                return [own[spell(name)] for name in names]
     if all(label.isdecimal() and int(label) < len(own) for label in labels):
         return [int(label) for label in labels]
     raise UserError(f"the pairs are labelled {', '.join(labels)}, but the model knows "
@@ -297,10 +298,10 @@ def calibration_error(logits, truth):
     return torch.zeros(10).index_add_(0, bins, gaps).abs().sum().item() / len(truth)
 
 
-def evaluate(cfg, accelerator, model, tokenizer, table, labels, name, temperature=None):
-    """(metrics, logits, confusion matrix) of a model on a table of pairs. temperature: of the
-    scaling that calibrates the probabilities; None: the best for these pairs."""
-    logits = predict(cfg, accelerator, model, tokenizer, table)[:, label_ids(model, labels)]
+def evaluate(cfg, accelerator, model, tokenizer, table, labels, ids, name, temperature=None):
+    """(metrics, logits, confusion matrix) of a model on a table of pairs. ids: the model's, one a
+    label. temperature: of the scaling that calibrates the probabilities; None: the best here."""
+    logits = predict(cfg, accelerator, model, tokenizer, table)[:, ids]
     truth = torch.tensor(table.label.tolist())
     k, n = len(labels), len(table)
     counts = confusion_matrix(truth.numpy(), logits.argmax(-1).numpy(), labels=range(k))
@@ -330,11 +331,19 @@ def report(cfg, accelerator, data, labels, folder, prefix="", **more):
 
     model, tokenizer = load_model(folder, accelerator)
     out_dir = Path(cfg.out_dir)
+    ids = label_ids(model, labels)
+    own = model.config.id2label
+    if len(ids) < len(own):  # the model can answer what no pair of the file is
+        data = {split: table.assign(label=table.label.map(ids.__getitem__))
+                for split, table in data.items()}
+        spelled = dict(zip(ids, labels.items(), strict=True))
+        labels = dict(spelled.get(i, (str(name), str(name))) for i, name in own.items())
+        ids = list(own)
     results = {"labels": list(labels.values()), "model": folder, **more}
     temperature = None
     for split in [s for s in ("validation", "test") if s in data]:
         found, logits, counts = evaluate(cfg, accelerator, model, tokenizer, data[split], labels,
-                                         f"{split}, {folder}", temperature)
+                                         ids, f"{split}, {folder}", temperature)
         temperature = found["temperature"]  # chosen on the validation pairs, as the epoch is
         (low, high), ece = found["accuracy_interval"], found["ece"]
         print0(f"{split}: accuracy {low:.3f} to {high:.3f} (95 %), calibration error {ece:.3f}, "
@@ -350,7 +359,8 @@ def report(cfg, accelerator, data, labels, folder, prefix="", **more):
                 runtime.write_text(out_dir / f"{name}predictions.tsv",
                                    tab_separated(table.iloc[order]) + "\n")
                 figure = Figure(layout="constrained")
-                picture = ConfusionMatrixDisplay(counts, display_labels=list(labels.values()))
+                picture = ConfusionMatrixDisplay(counts, display_labels=[
+                    name.replace("$", r"\$") for name in labels.values()])  # $5_$ is no formula
                 picture.plot(ax=figure.subplots(), cmap="Blues", colorbar=False)
                 figure.savefig(out_dir / f"{name}confusion.png")
     write_json(accelerator, out_dir / f"{prefix}results.json", results)
@@ -527,7 +537,7 @@ def train(cfg, accelerator, data, labels, stop, start):
     def validate(iteration):
         with log.stage("evaluation"):
             return evaluate(cfg, accelerator, bare, tokenizer, data["validation"], labels,
-                            f"iteration {iteration}")[0]
+                            ids, f"iteration {iteration}")[0]
 
     def write(folder):
         """A checkpoint has what --resume needs, best/ is a transformers folder."""

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import re
+import shlex
 import sysconfig
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -530,6 +531,9 @@ def read_meta(folder):
                 raise UserError(f"{part} has {name} {meta.get(name)}, the first shard "
                                 f"{metas[0].get(name)}; make it again with the others' options")
     sums = {name: sum(meta[name] for meta in metas) for name in COUNTS}
+    if len(metas) > 1:
+        digests = " ".join(str(meta.get("source_sha256")) for meta in metas)
+        sums["source_sha256"] = hashlib.sha256(digests.encode()).hexdigest()
     return {**metas[0], **sums, "lossless": all(meta["lossless"] for meta in metas)}
 
 
@@ -619,7 +623,8 @@ def main(cfg):
         if os.listdir(folder) == [".lock"]:  # a first run that failed leaves nothing
             remove(folder)
     if own_text and not cfg.shard:
-        print0(f"next: python train.py --dataset={cfg.dataset}")
+        place = [] if cfg.data_dir == "data" else [f"--data_dir={cfg.data_dir}"]
+        print0(f"next: python train.py {shlex.join([f'--dataset={cfg.dataset}', *place])}")
     return whole
 
 

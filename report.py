@@ -68,7 +68,8 @@ def read_info(folder):
     info, log = {}, []
     for place in (folder, folder / "best", *runtime.checkpoints(folder)[::-1]):
         with contextlib.suppress(OSError, ValueError):  # damaged: an older one will do
-            info = runtime.read_run(place)
+            found = runtime.read_run(place)
+            info = found if found.keys() & {"script", "train"} else info  # no model's config.json
     with contextlib.suppress(OSError, ValueError):
         log = runtime.read_log(folder / "log.csv")
     for name in ("iter", "tokens", "val_loss", "tokens_per_s"):
@@ -349,8 +350,10 @@ def main(cfg):
     for run, facts in others.items():
         print0(f"{run}:", ", ".join(f"{name} {facts.get(name, '–')}" for name in SHORT))
     out = Path(cfg.out) if cfg.out else runs[0]["folder"] / "report.html"
+    if not out.name or out.is_dir():
+        raise UserError(f"--out {out} is a folder; name a file in it", 2)
     text = page(runs, others, cfg)
-    with runtime.disk_errors(out.parent):
+    with runtime.disk_errors(out.parent, f".tmp-{out.name}"):  # a run may be writing there
         runtime.write_text(out, text)
     print0(f"wrote {out} ({len(text) / 1e3:,.0f} kB); open it in a browser")
     return out

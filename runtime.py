@@ -84,7 +84,12 @@ def print0(*words):
 
 
 def check_range(cfg, low, *names, high=math.inf):
-    """Raise UserError (code 2) unless low <= field <= high and finite, for each named field."""
+    """Raise UserError (code 2) unless low <= field <= high and finite, for each named field; or for
+    a choice that is none, which a notebook's Config may hold."""
+    for name, kind in typing.get_type_hints(type(cfg)).items():
+        choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
+        if choices and getattr(cfg, name) not in choices:
+            raise UserError(f"--{name} {getattr(cfg, name)!r} is none of {', '.join(choices)}", 2)
     for name in names:
         value = getattr(cfg, name)
         if value is not None and not (low <= value <= high and value < math.inf):
@@ -321,8 +326,8 @@ def hold_run(script, out_dir):
 
 
 @contextlib.contextmanager
-def disk_errors(folder):
-    """Turn a failure to write below `folder` into a UserError and remove unfinished files.
+def disk_errors(folder, unfinished=".tmp-*"):
+    """Turn a failure to write below `folder` into a UserError and remove `unfinished` files there.
 
     Anything that is no disk error passes: a forker's bug keeps its traceback.
     """
@@ -334,7 +339,7 @@ def disk_errors(folder):
         if not (isinstance(error, OSError) or by_torch or re.search(r"\(os error \d+\)", reason)
                 or type(error).__name__ == "SafetensorError"):
             raise
-        for leftover in Path(folder).glob(".tmp-*"):
+        for leftover in Path(folder).glob(unfinished):
             with contextlib.suppress(OSError):
                 remove(leftover)
         reason = "No space left on device" if by_torch else reason

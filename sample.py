@@ -266,7 +266,10 @@ def load_checkpoint(folder):
     try:
         load_model(model, folder / "model.safetensors")
     except (OSError, RuntimeError, SafetensorError) as error:  # right checksums, wrong contents
-        raise UserError(f"{folder}/model.safetensors cannot be loaded: {first_line(error)}; name "
+        why = first_line(error)
+        if "state_dict" in why:
+            why = "these are not the weights of model.GPT; racer.py, or a fork, has its own"
+        raise UserError(f"{folder}/model.safetensors cannot be loaded: {why}; name "
                         "another --checkpoint or --out_dir") from error
     return model.eval(), tokenizer, saved
 
@@ -345,6 +348,7 @@ def printable(text):
 def complete(model, tokenizer, text, cfg=None):
     """Continue `text`: print it as it is made, then tokens/s. Returns the cfg.num_samples texts."""
     cfg = cfg or Config()
+    check_config(cfg)
     device = model.transformer.wte.weight.device
     generator = torch.Generator(device).manual_seed(cfg.seed)
     show = printable if sys.stdout.isatty() else str
@@ -406,8 +410,8 @@ def interact(model, tokenizer, text, cfg):
         text = ""
 
 
-def main(cfg):
-    """Generate, print, and return the texts (list of str, prompt included; interactive: None)."""
+def check_config(cfg):
+    """Raise UserError (code 2) for options that cannot be."""
     check_range(cfg, 1, "num_samples", "max_new_tokens", "num_beams", "top_k")
     check_range(cfg, 0, "temperature")
     check_range(cfg, 0, "seed", high=2**63 - 1)
@@ -416,6 +420,11 @@ def main(cfg):
     if cfg.num_beams > 1 and (cfg.top_k or cfg.top_p or cfg.num_samples > 1):
         raise UserError("--num_beams searches for one text, the likeliest: leave out --top_k, "
                         "--top_p and --num_samples", 2)
+
+
+def main(cfg):
+    """Generate, print, and return the texts (list of str, prompt included; interactive: None)."""
+    check_config(cfg)
     read_prompt(cfg.start or "")  # before the model is loaded
     runtime.tune_allocator()
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"

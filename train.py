@@ -148,7 +148,7 @@ def train(cfg, out_dir, stop, checkpoint, saved):
     if checkpoint:
         check_resume(cfg, checkpoint, saved, meta, model.config, rows)
     if cfg.sample_start is None:
-        text = tokenizer.decode(data["val"][:64])
+        text = tokenizer.decode(data["val"][:64]).replace("FILE:", "")  # text, not an option
         words = text.split()[1:4]  # the split may begin inside a word
         cfg = replace(cfg, sample_start=" ".join(words) or text[:8])
     prompt = None
@@ -351,9 +351,9 @@ def check_data(cfg, data, vocab_size, rows):
     for split, tokens in data.items():
         file = f"{cfg.data_dir}/{cfg.dataset}/{split}.npy"
         if len(tokens) < cfg.block_size + 1:
+            shorter = f"use --block_size {len(tokens) - 1} or" if len(tokens) > 1 else "prepare"
             raise UserError(f"{file} has {len(tokens):,} tokens, too few for one window of "
-                            f"--block_size {cfg.block_size} + 1; use --block_size "
-                            f"{max(1, len(tokens) - 1)} or more text")
+                            f"--block_size {cfg.block_size} + 1; {shorter} more text")
         n = count_windows(tokens, cfg.block_size)
         if split == "train" and n < rows:
             raise UserError(f"{file} has {n} windows of {cfg.block_size} tokens, fewer than the "

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pandas
@@ -427,7 +428,7 @@ def test_a_signal_in_the_last_evaluation(recipe, tmp_path, monkeypatch):
     true = finetune_mrpc.evaluate
 
     def signalled(*args):
-        if args[6] == "iteration 11":
+        if args[7] == "iteration 11":
             os.kill(os.getpid(), signal.SIGTERM)
         return true(*args)
 
@@ -606,6 +607,31 @@ def test_three_labels_from_other_columns(recipe, home, tmp_path, capsys):
     assert found["baseline_accuracy"] == pytest.approx(3 / 7)
     main(replace(cfg, predict=("a firm", "a plant")))
     assert capsys.readouterr().out.split()[-2] in found["labels"]
+
+
+def test_a_file_without_one_of_the_labels(recipe, tmp_path):
+    """The answer that no pair of the file has could not be given: accuracy 1 on pairs all alike.
+    And Yes was taken for yes, and a label with $ in it for a formula."""
+    table = make_pairs(70, 6).assign(label=["Yes", "yes", "$5_$"] * 23 + ["yes"])
+    table.to_csv(tmp_path / "all.tsv", sep="\t", index=False)
+    table[table.label == "yes"].to_csv(tmp_path / "one.tsv", sep="\t", index=False)
+    cfg = replace(recipe, train_file=str(tmp_path / "all.tsv"), max_epochs=1, batch_size=7,
+                  validation_file=str(tmp_path / "all.tsv"), out_dir=str(tmp_path / "run"))
+    assert main(cfg)["labels"] == (labels := ["$5_$", "Yes", "yes"])
+    best = SimpleNamespace(config=transformers.AutoConfig.from_pretrained(tmp_path / "run/best"))
+    assert finetune_mrpc.label_ids(best, dict(zip(labels, labels, strict=True))) == [0, 1, 2]
+    truth, said = pandas.read_table(tmp_path / "run" / "predictions.tsv")[
+        ["label", "prediction"]].to_numpy().T
+    assert results(tmp_path / "run")["accuracy"] == pytest.approx((truth == said).mean())
+    weights = load_file(tmp_path / "run" / "best" / "model.safetensors")
+    weights["classifier.out_proj.bias"] += torch.tensor([9.0, 0.0, 0.0])  # $5_$ whatever the pair
+    save_file(weights, tmp_path / "run" / "best" / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "run" / "best" / "SHA256SUMS").unlink()
+    found = main(replace(cfg, eval_only=True, train_file="",
+                         validation_file=str(tmp_path / "one.tsv")))
+    assert (found["n"], found["accuracy"], found["baseline_accuracy"]) == (24, 0, 1)
+    assert found["labels"] == labels
+    assert set(pandas.read_table(tmp_path / "run" / "eval-predictions.tsv").prediction) == {"$5_$"}
 
 
 def test_seeds(recipe, tmp_path, capsys, fails, monkeypatch):

@@ -399,6 +399,8 @@ def test_several_sources_and_replacing(run, tmp_path):
     out = run("prepare.py", "--source", "a.txt", "b.md").stdout
     assert out.splitlines()[-1] == "next: python train.py --dataset=a-b"
     assert len(texts_of(tmp_path / "data/a-b", "val")) == 2
+    out = run("prepare.py", "--source", "a.txt", "--data_dir=my data").stdout
+    assert out.splitlines()[-1] == "next: python train.py --dataset=a '--data_dir=my data'"
     (tmp_path / "c.py").write_text('source = ["b.md"]\ndataset = "a-b"\n')
     out = run("prepare.py", "c.py").stdout
     assert "replacing data/a-b, made from a.txt b.md" in out
@@ -909,6 +911,10 @@ def test_shards_are_the_whole(sharded, documents, make, tmp_path, capsys):
     capsys.readouterr()
     make(documents, "parts", shard="1/3", tokenizer=str(tmp_path / "t.json"), val_fraction=0.3)
     assert snapshot(folder) == before and "nothing to do" in capsys.readouterr().out
+    last = folder / "shard-002-of-003" / "meta.json"  # a resume must see another text in any shard
+    other = json.loads(last.read_text("utf-8")) | {"source_sha256": "0"}
+    last.write_text(json.dumps(other), "utf-8")
+    assert prepare.read_meta(folder)["source_sha256"] != meta["source_sha256"]
 
 
 def test_shards_that_do_not_fit(sharded, documents, make, tmp_path, fails):

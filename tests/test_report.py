@@ -170,9 +170,16 @@ def test_newest_run_and_all_others(folder, fails, monkeypatch, capsys):
     (folder / "out/broken").mkdir()
     (folder / "out/broken/log.csv").write_text("iter,loss\nx,y\n")
     shutil.copytree(folder / "out/a/best", folder / "out/only/best")
+    (folder / "out/seeds/best").mkdir(parents=True)
+    (folder / "out/seeds/run.json").write_text('{"script": "finetune_mrpc.py", "seconds": 9}')
+    for name in ("seeds/best", "exported"):  # a model's config.json is no run
+        (folder / "out" / name).mkdir(exist_ok=True)
+        (folder / "out" / name / "config.json").write_text('{"model_type": "bert"}')
     text = report.main(report.Config(out="newest.html")).read_text("utf-8")
     assert "<h1>out/b&lt;i&gt;$x$</h1>" in text and "<td>out/mrpc" in text
-    assert "out/a: script train.py, iter 11, val_loss" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "out/a: script train.py, iter 11, val_loss" in said
+    assert "out/seeds: script finetune_mrpc.py" in said and "exported" not in said
     assert "<h1>out/only" in report.main(report.Config(out_dir="out/only")).read_text("utf-8")
     for code, options, words in (
             (1, {"out_dir": "nowhere"}, ["nowhere", "no checkpoint"]),
@@ -180,8 +187,16 @@ def test_newest_run_and_all_others(folder, fails, monkeypatch, capsys):
             (2, {"out_dir": "out/a", "head": 2}, ["heads 0 to 1"]),
             (2, {"out_dir": "out/a", "layer": -3}, ["layers 0 to 1"]),
             (2, {"out_dir": "out/a", "tokens": 0}, ["--tokens"]),
+            (2, {"out_dir": "out/a", "out": "."}, ["--out . is a folder"]),
+            (2, {"out_dir": "out/a", "out": "out"}, ["--out out is a folder"]),
             (1, {"out_dir": "out/a", "out": "no/x.html"}, ["cannot write"])):
         fails(code, lambda options=options: report.main(report.Config(**options)), *words)
+    (folder / "out/a/.tmp-best").mkdir()  # a run that is writing at this moment
+    monkeypatch.setattr(runtime, "write_text", lambda *_: (folder / "gone/x").touch())
+    fails(1, lambda: report.main(report.Config(out_dir="out/a")), "cannot write")
+    assert (folder / "out/a/.tmp-best").is_dir()
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
     monkeypatch.chdir(folder / "out")
     fails(1, lambda: report.main(report.Config()), "python train.py")
 

@@ -19,6 +19,7 @@ from conftest import one_line, snapshot
 from safetensors import SafetensorError
 
 import runtime
+import sample
 import train
 from runtime import UserError
 
@@ -61,6 +62,12 @@ def test_check_range(fails, value):
     runtime.check_range(SimpleNamespace(a=1, b=10**400), 0, "a")
     if value == 10**400:
         runtime.check_range(cfg, 1, "b")  # a large whole number is no infinity
+
+
+def test_a_choice_that_is_none(fails):
+    """A notebook's Config(optimizer="sgd") was trained with AdamW without a word."""
+    fails(2, lambda: train.check_config(train.Config(optimizer="sgd")), "--optimizer 'sgd'", "muon")
+    fails(2, lambda: sample.check_config(sample.Config(quantize="int3")), "'int3'", "int8")
 
 
 @pytest.mark.parametrize("error", [

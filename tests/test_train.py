@@ -698,6 +698,18 @@ def test_a_forkers_typo_shows_his_line(config, tmp_path, run):
     assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "n_head 5" in done.stderr
 
 
+def test_a_text_names_no_file(config, tmp_path, fails):
+    """A text with FILE: where the prompt is taken from had the next word opened as a file."""
+    (tmp_path / "text.txt").write_text("x FILE: gone a " * 200)
+    source = [str(tmp_path / "text.txt")]
+    prepare.main(prepare.Config("log", source=source, tokenizer="char", data_dir=str(tmp_path)))
+    cfg = config(dataset="log", data_dir=str(tmp_path), sample_start=None, sample_tokens=3)
+    train.main(cfg)
+    assert "~~~~\ngone a x" in (Path(cfg.out_dir) / "samples.md").read_text("utf-8")
+    data = {"train": np.zeros(0, np.uint16), "val": np.zeros(0, np.uint16)}
+    fails(1, lambda: train.check_data(cfg, data, 9, 1), "has 0 tokens", "prepare more text")
+
+
 @pytest.mark.parametrize("broken", [
     "--n_head=5", "--dataset=gone", "--block_size=99999", "--batch_size=9999", "--dropout=1.5",
     "--sample_tokens=3 --sample_start=FILE:gone", "--init_from=gone", "--warmup_iters=12",
