@@ -44,7 +44,7 @@ from torch.nn import functional as F
 import prepare
 import sample
 from model import GPT, GPTConfig
-from runtime import UserError, commit_folder, disk_errors, one_line, print0, run_script
+from runtime import UserError, check_range, commit_folder, disk_errors, one_line, print0, run_script
 
 HUB_FILES = ["*.json", "model*.safetensors"]
 FAMILIES = {  # model_type: {GPTConfig's name: transformers' name}
@@ -473,6 +473,7 @@ def write_gguf(folder, model, tokenizer, name, dtype):
 def main(cfg):
     """Write a checkpoint, or the one that sample.py would take of a run, into a new folder. It is
     whole or absent. Returns its Path."""
+    check_range(cfg, 0)  # the choices
     run = Path(cfg.run)
     folder = Path(cfg.folder).resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

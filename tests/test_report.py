@@ -196,7 +196,6 @@ def test_newest_run_and_all_others(folder, fails, monkeypatch, capsys):
     fails(1, lambda: report.main(report.Config(out_dir="out/a")), "cannot write")
     assert (folder / "out/a/.tmp-best").is_dir()
     monkeypatch.undo()
-    monkeypatch.chdir(folder)
     monkeypatch.chdir(folder / "out")
     fails(1, lambda: report.main(report.Config()), "python train.py")
 

@@ -18,6 +18,7 @@ import torch
 from conftest import one_line, snapshot
 from safetensors import SafetensorError
 
+import convert
 import runtime
 import sample
 import train
@@ -68,6 +69,7 @@ def test_a_choice_that_is_none(fails):
     """A notebook's Config(optimizer="sgd") was trained with AdamW without a word."""
     fails(2, lambda: train.check_config(train.Config(optimizer="sgd")), "--optimizer 'sgd'", "muon")
     fails(2, lambda: sample.check_config(sample.Config(quantize="int3")), "'int3'", "int8")
+    fails(2, lambda: convert.main(convert.Config("run", "to", format="onnx")), "'onnx'", "gguf")
 
 
 @pytest.mark.parametrize("error", [
