@@ -82,8 +82,12 @@ def read_info(folder):
 
 def show_info(info):
     """{name: text} of a run.json, its nested parts and what is empty left out."""
-    facts = {name: f"{value:,.{3 if value < 100 else 0}f}" if isinstance(value, float) else value
-             for name, value in info.items() if value and not isinstance(value, dict)}
+    facts = {}
+    for name, value in info.items():
+        if isinstance(value, float):  # log.csv holds no other numbers
+            facts[name] = f"{value:,.{3 if value < 100 and value % 1 else 0}f}"
+        elif value and not isinstance(value, dict):
+            facts[name] = value
     if "seconds" in facts:
         facts["seconds"] = runtime.clock_text(info["seconds"])
     return facts

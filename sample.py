@@ -320,7 +320,7 @@ def read_prompt(start):
         start.encode()  # a terminal of another encoding hands over what is no text
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise UserError(f"--start {ascii(start[:99])}: {why}", 2) from error
+        raise UserError(f"the prompt {ascii(start[:99])}: {why}", 2) from error
     return start
 
 
@@ -328,7 +328,7 @@ def encode_prompt(model, tokenizer, text):
     """The token ids of a prompt; an empty one is the end-of-text token. Raises UserError."""
     ids = tokenizer.encode(read_prompt(text)) or [tokenizer.eot_id]
     if ids == [None]:
-        raise UserError("this tokenizer has no end-of-text token to begin with; give a --start", 2)
+        raise UserError("this tokenizer has no end-of-text token to begin with; give a prompt", 2)
     if max(ids) >= model.config.vocab_size:
         raise UserError(f"the prompt has token {max(ids)}, past the model's vocabulary of "
                         f"{model.config.vocab_size}")

@@ -167,6 +167,7 @@ def test_newest_run_and_all_others(folder, fails, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     (folder / "out/mrpc").mkdir()
     (folder / "out/mrpc/run.json").write_text('{"script": "finetune_mrpc.py", "config": {}}')
+    (folder / "out/mrpc/log.csv").write_text("iter,val_loss\n5,0.0\n")
     (folder / "out/broken").mkdir()
     (folder / "out/broken/log.csv").write_text("iter,loss\nx,y\n")
     shutil.copytree(folder / "out/a/best", folder / "out/only/best")
@@ -179,6 +180,7 @@ def test_newest_run_and_all_others(folder, fails, monkeypatch, capsys):
     assert "<h1>out/b&lt;i&gt;$x$</h1>" in text and "<td>out/mrpc" in text
     said = capsys.readouterr().out
     assert "out/a: script train.py, iter 11, val_loss" in said
+    assert "out/mrpc: script finetune_mrpc.py, iter 5, val_loss 0," in said
     assert "out/seeds: script finetune_mrpc.py" in said and "exported" not in said
     assert "<h1>out/only" in report.main(report.Config(out_dir="out/only")).read_text("utf-8")
     for code, options, words in (

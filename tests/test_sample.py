@@ -483,11 +483,11 @@ def test_wrong_calls(run, run_dir, fails, tmp_path, monkeypatch):
     wrong(2, "--temperature", temperature=math.nan)
     for other in (dict(num_samples=2), dict(top_k=5), dict(top_p=0.9)):
         wrong(2, "--num_beams", "--top_k", num_beams=2, **other)
-    wrong(2, "--start", "No such file", start="FILE:no such")
+    wrong(2, "the prompt", "No such file", start="FILE:no such")
     (tmp_path / "latin.txt").write_bytes(b"\xe9t\xe9")
     monkeypatch.chdir(tmp_path)
     wrong(2, "latin.txt", "not UTF-8", start="FILE:latin.txt")
-    wrong(2, "--start", "not UTF-8", start="\udce9t\udce9")  # as an argument of those bytes comes
+    wrong(2, "the prompt", "not UTF-8", start="\udce9t\udce9")  # an argument of those bytes
     wrong(1, "no checkpoint", "nowhere", out_dir=str(tmp_path / "nowhere"))
     for code, options, words in (
         (2, ["--chat"], ["--chat", "--interactive"]), (2, ["--top_p=high"], ["--top_p"]),
@@ -509,7 +509,7 @@ def test_prompts(go, run_dir, fails):
     model, tokenizer, _ = sample.load_run(run_dir)
     assert sample.encode_prompt(model, tokenizer, "") == [EOT]
     tokenizer.eot_id = None
-    fails(2, lambda: sample.encode_prompt(model, tokenizer, ""), "no end-of-text token", "--start")
+    fails(2, lambda: sample.encode_prompt(model, tokenizer, ""), "no end-of-text", "give a prompt")
     model.config.vocab_size = 1
     fails(1, lambda: sample.encode_prompt(model, tokenizer, "Ev"), "past the model's vocabulary")
     for unknown in ("wörld", "日本"):
