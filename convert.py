@@ -187,7 +187,8 @@ def from_pretrained(name, dropout=0.0):
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()  # what it warns of is an error here
     folder = local_folder(name)
-    with one_line(f"cannot load {name}"):  # a stranger's file: there are checks of every kind
+    # a stranger's file: there are checks of every kind
+    with one_line(f"cannot load {name}", "a run of train.py must go through convert.py first"):
         hf_config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with one_line(f"cannot load {name}", kinds=(KeyError, ValueError)):
         config = gpt_config(hf_config, dropout)
@@ -478,7 +479,7 @@ def main(cfg):
     folder = Path(cfg.folder).resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not empty; name another folder")
-    checkpoint = run if (run / "model.safetensors").exists() else sample.pick_checkpoint(run)
+    checkpoint = run if (run / "meta.json").exists() else sample.pick_checkpoint(run)
     model, tokenizer, saved = sample.load_checkpoint(checkpoint)
     library = "transformers" if cfg.format == "hf" else "gguf"
     card = model_card(model, saved, prepare.read_meta(checkpoint), library)

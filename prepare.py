@@ -129,7 +129,7 @@ def fetch(url, raw_dir):
         except (requests.RequestException, ValueError) as error:
             why = getattr(getattr(error, "response", None), "status_code", type(error).__name__)
             raise UserError(f"cannot download {shown} ({why}); put it at {path} by hand, or use "
-                            "--dataset=stdlib, which needs no network") from None
+                            "the preset stdlib, which needs no network") from None
         aside.replace(path)
     wanted = {source: checksum for source, _, _, checksum in PRESETS.values()}.get(url)
     if wanted and sha256(path) != wanted:
@@ -210,8 +210,8 @@ def read_pieces(f, left=math.inf):
                 yield rest[:cut]
                 rest = rest[cut:]
     except UnicodeDecodeError as error:
-        raise UserError(f"{f.name} is not UTF-8 ({error.reason}); convert it: "
-                        f"iconv -f ENCODING -t utf-8 {f.name}") from None
+        raise UserError(f"{f.name} is not UTF-8 ({error.reason}); unpack it, or convert "
+                        f"it: iconv -f ENCODING -t utf-8 {f.name}") from None
     if rest:
         yield rest
 
@@ -630,9 +630,12 @@ def main(cfg):
 
 def open_sources(cfg, folder, i, n):
     """Slice i of n of the sources: (a function that returns an iterator over (split, text, ends a
-    document), size in bytes, SHA-256), the last two None for a hub data set."""
+    document), size in bytes, SHA-256, files of all slices), None where a hub data set has none."""
     if cfg.source[0].startswith("hf:"):
-        return partial(read_hub, cfg.source[0], cfg.val_fraction, i, n), None, None
+        there = sorted(Path(cfg.source[0].split(":")[1]).rglob("*"))  # none of one on the hub
+        sums = "".join(sha256(path) for path in there if path.is_file())
+        digest = hashlib.sha256(sums.encode()).hexdigest() if sums else None
+        return partial(read_hub, cfg.source[0], cfg.val_fraction, i, n), None, digest, None
     files = [path for path in source_files(cfg.source, folder) if path.stat().st_size]
     sources = " ".join(map(hide_secrets, cfg.source))
     if not files:
@@ -640,7 +643,8 @@ def open_sources(cfg, folder, i, n):
     if cfg.shard and len(files) < max(n, 2):
         raise UserError(f"--shard {cfg.shard} needs {max(n, 2)} documents, {sources} has "
                         f"{len(files)}")
-    one_text = len(files) == 1
+    count = len(files)
+    one_text = count == 1
     files = files[i::n]
     size = sum(path.stat().st_size for path in files)
     print0(f"reading {len(files):,} file(s), {size:,} bytes, from {sources}")
@@ -649,12 +653,12 @@ def open_sources(cfg, folder, i, n):
     splits = [split_of(checksum, cfg.val_fraction) for checksum in sums]
     if not cfg.shard:  # which does not see the others' documents
         splits = choose_splits(files, splits, cfg.val_fraction)
-    return partial(read_files, files, splits, cfg.val_fraction, one_text), size, digest
+    return partial(read_files, files, splits, cfg.val_fraction, one_text), size, digest, count
 
 
 def build(cfg, folder, i, n):
     """Make slice i of n in `folder`: every file beside the old one, then all renamed."""
-    pieces, n_bytes, digest = open_sources(cfg, folder, i, n)
+    pieces, n_bytes, digest, count = open_sources(cfg, folder, i, n)
     source = " ".join(map(hide_secrets, cfg.source))
     vocab_size = cfg.vocab_size
     if cfg.tokenizer == "bpe" and vocab_size is None:
@@ -663,6 +667,8 @@ def build(cfg, folder, i, n):
     name = sha256(cfg.tokenizer) if cfg.tokenizer.endswith(".json") else cfg.tokenizer
     asked = {"source": source, "source_sha256": digest, "format_version": FORMAT_VERSION,
              "settings": [name, vocab_size, cfg.val_fraction]}
+    if cfg.shard and count:  # with a file more or less each slice has other ones
+        asked["settings"].append(count)
     if (folder / "meta.json").exists():
         there = read_meta(folder)
         file = folder / "tokenizer.json"

@@ -53,7 +53,8 @@ class UserError(Exception):
 def run_script(main, cfg):
     """main(cfg) as a program: a UserError, a full disk or a missing permission is one line on
     stderr, everything else a traceback."""
-    sys.stdout.reconfigure(encoding="utf-8")  # whatever the code page of a Windows pipe
+    # whatever the code page of a Windows pipe; file names may be no UTF-8
+    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         main(cfg)
     except (UserError, OSError) as error:

@@ -149,8 +149,8 @@ def train(cfg, out_dir, stop, checkpoint, saved):
         check_resume(cfg, checkpoint, saved, meta, model.config, rows)
     if cfg.sample_start is None:
         text = tokenizer.decode(data["val"][:64]).replace("FILE:", "")  # text, not an option
-        words = text.split()[1:4]  # the split may begin inside a word
-        cfg = replace(cfg, sample_start=" ".join(words) or text[:8])
+        words = re.search(r"\s(\S+(\s+\S+){0,2})", text)  # the split may begin inside a word
+        cfg = replace(cfg, sample_start=words[1] if words else text[:8])
     prompt = None
     if cfg.sample_tokens:  # an error now, not at an evaluation
         prompt = encode_prompt(model, tokenizer, cfg.sample_start)

@@ -133,7 +133,11 @@ def make_tokenizer(vocab, merges):
 
 def open_tokenizer(path):
     """The transformers tokenizer in a folder; vocab.json and merges.txt alone are RoBERTa's."""
-    folder = Path(path).parent if Path(path).is_file() else Path(path)
+    folder = Path(path)
+    if folder.is_file() and folder.name in ("tokenizer.json", "vocab.json"):
+        folder = folder.parent
+    if not folder.is_dir():
+        raise UserError(f"--tokenizer {path} is no folder, and no tokenizer.json in one", 2)
     with one_line(f"--tokenizer {path} cannot be read"):  # tokenizers raises plain Exceptions
         if (folder / "vocab.json").exists() and not (folder / "tokenizer.json").exists():
             tokenizer = make_tokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
@@ -145,6 +149,9 @@ def open_tokenizer(path):
     for name in ("cls_token", "sep_token", "pad_token", "mask_token"):
         if getattr(tokenizer, name) is None:
             raise UserError(f"--tokenizer {path} has no {name}; leave it out")
+    if tokenizer("").input_ids != [tokenizer.cls_token_id, tokenizer.sep_token_id]:
+        raise UserError(f"--tokenizer {path} does not put {tokenizer.cls_token} and "
+                        f"{tokenizer.sep_token} around a text; give it such a post_processor")
     return tokenizer
 
 
@@ -269,8 +276,9 @@ def make_model(cfg, tokenizer):
     """A RoBERTa with initial weights."""
     torch.manual_seed(cfg.seed)
     model = RobertaForMaskedLM(transformers.RobertaConfig(
-        vocab_size=len(tokenizer), num_hidden_layers=cfg.n_layer, num_attention_heads=cfg.n_head,
-        hidden_size=cfg.n_embd, intermediate_size=4 * cfg.n_embd, type_vocab_size=1,
+        vocab_size=max(tokenizer.get_vocab().values()) + 1,  # ids may have gaps
+        num_hidden_layers=cfg.n_layer, num_attention_heads=cfg.n_head, hidden_size=cfg.n_embd,
+        intermediate_size=4 * cfg.n_embd, type_vocab_size=1,
         max_position_embeddings=cfg.max_position_embeddings, initializer_range=cfg.init_std,
         hidden_dropout_prob=cfg.dropout, attention_probs_dropout_prob=cfg.dropout,
         bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id,
@@ -687,20 +695,23 @@ def main(cfg):
     """Train as `cfg` says; or, with cfg.fill_mask, ask a run that is there."""
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()  # what it warns of is said here in a line
-    if cfg.fill_mask:
+    if "fill_mask" in runtime.given_names(cfg):
         out_dir = Path(cfg.out_dir)
         found = [out_dir] if (out_dir / "model.safetensors").exists() else []
         found += [p for p in runtime.checkpoints(out_dir) if not runtime.verify_checksums(p)]
         if not found:
             raise UserError(f"--fill_mask: {out_dir} holds no run; train, or say which --out_dir")
+        print0(f"asking {found[0]}")
         return fill_mask(cfg.fill_mask, found[0])
     with runtime.hold_run("train_roberta.py", cfg.out_dir) as stop:
         cfg, start, saved = find_start(cfg)
         accelerator = runtime.make_accelerator(cfg.mixed_precision)
         raw_dir = Path(cfg.data_dir, cfg.source if cfg.source in prepare.PRESETS else "roberta")
         with accelerator.main_process_first():  # it downloads, the others find the file
-            lines = list(read_lines(prepare.source_files(cfg.source, raw_dir)))
-        cfg = replace(cfg, source=prepare.hide_secrets(cfg.source))  # it is printed and saved
+            files = prepare.source_files(cfg.source, raw_dir)
+            lines = list(read_lines(files))
+        if prepare.hide_secrets(cfg.source) != cfg.source:  # which is printed and saved
+            cfg = replace(cfg, source=str(files[0]))  # what was downloaded: no key, no network
         return train(cfg, accelerator, lines, stop, start, saved)
 
 

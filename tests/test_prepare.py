@@ -1,6 +1,7 @@
 """prepare.py: every byte comes back, nothing is left half-written, bad input is one UserError."""
 
 import base64
+import contextlib
 import errno
 import hashlib
 import http.server
@@ -9,6 +10,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -405,6 +407,9 @@ def test_several_sources_and_replacing(run, tmp_path):
     out = run("prepare.py", "c.py").stdout
     assert "replacing data/a-b, made from a.txt b.md" in out
     assert prepare.read_meta(tmp_path / "data/a-b")["source"] == "b.md"
+    with contextlib.suppress(OSError):  # a system that has no such names
+        shutil.copy(tmp_path / "a.txt", tmp_path / "c\udcff.txt")
+        assert "data/c: " in run("prepare.py", "--source", "c\udcff.txt").stdout  # a traceback
 
 
 @pytest.fixture
@@ -435,6 +440,10 @@ def test_hub_data_set(make, tmp_path, hub, fails):
         assert files[0].read_bytes() == files[1].read_bytes()
     titles = make(f"hf:{tmp_path / 'jsonl'}::title", "titles")
     assert "t7" in sum((texts_of(titles, split) for split in SPLITS), [])
+    rows = tmp_path / "jsonl/train.jsonl"
+    rows.write_text(rows.read_text("utf-8").replace("sətir 7", "sətir yeni"), encoding="utf-8")
+    changed = make(f"hf:{tmp_path / 'jsonl'}", "jsonl")  # it was "ready; nothing to do"
+    assert any("yeni" in text for split in SPLITS for text in texts_of(changed, split))
     fails(2, lambda: make(f"hf:{tmp_path / 'jsonl'}::body", "x"), "'body'", "id, text, title")
     fails(2, lambda: make(f"hf:{tmp_path / 'jsonl'}::id", "x"), "no text column 'id'")
     fails(1, lambda: make(f"hf:{tmp_path / 'nothing'}", "x"), "nothing", "--dataset=stdlib")
@@ -488,7 +497,7 @@ def test_download(make, server, fails):
     for answer, word in ((404, "404"), ("truncate", "ChunkedEncodingError"), ("length", "Header")):
         server.answers = iter([answer])
         url = f"{server.url}/bad.txt"
-        fails(1, lambda url=url: make(url), url, word, "raw-", "--dataset=stdlib")
+        fails(1, lambda url=url: make(url), url, word, "raw-", "preset stdlib")
         assert [p.name for p in folder.glob("*raw-*")] == raw
 
 
@@ -544,8 +553,7 @@ def test_no_network(run, text_file, tmp_path, options):
     env |= dict.fromkeys(("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy"), proxy)
     result = run("prepare.py", *options, env=env)
     assert result.returncode == 1
-    remedy = "--tokenizer=bpe" if "--tokenizer=gpt2" in options else "--dataset=stdlib"
-    one_line(result.stderr, remedy)
+    one_line(result.stderr, "--tokenizer=bpe" if "--tokenizer=gpt2" in options else "stdlib")
 
 
 def test_hub_offline(monkeypatch, fails):
@@ -664,7 +672,7 @@ BAD = {  # name: (options, exit code, words of the line)
     "no such file": ({"source": "none.txt"}, 1, ["none.txt", "no such file", "stdlib, verdict"]),
     "folder without text": ({"source": "folder"}, 1, ["folder", "**/*.py"]),
     "empty files": ({"source": "empty*.txt"}, 1, ["empty*.txt is empty"]),
-    "not UTF-8, bpe": ({"source": "latin1.txt", "tokenizer": "bpe"}, 1, ["latin1.txt", "iconv"]),
+    "not UTF-8, bpe": ({"source": "latin1.txt", "tokenizer": "bpe"}, 1, ["unpack", "iconv"]),
     "not UTF-8, document": ({"source": "*.txt"}, 1, ["latin1.txt is not UTF-8"]),
     "hub and more": ({"source": ("hf:a", "text.txt")}, 2, ["stands alone"]),
     "vocabulary too large": (
@@ -904,7 +912,8 @@ def test_shards_are_the_whole(sharded, documents, make, tmp_path, capsys):
         assert sorted(texts_of(folder, split)) == sorted(texts_of(whole, split))
         assert isinstance(prepare.open_split(folder, split), prepare.ConcatTokens)
     meta, expected = prepare.read_meta(folder), prepare.read_meta(whole)
-    same = [*prepare.COUNTS, "vocab_size", "eot_id", "tokenizer", "dtype", "source", "settings"]
+    same = [*prepare.COUNTS, "vocab_size", "eot_id", "tokenizer", "dtype", "source"]
+    assert meta["settings"] == [*expected["settings"], 61]  # documents of all shards
     assert {k: meta[k] for k in same} == {k: expected[k] for k in same}
     assert prepare.load_tokenizer(folder).encode(HARD) == prepare.load_tokenizer(whole).encode(HARD)
     before = snapshot(folder)
@@ -931,8 +940,12 @@ def test_shards_that_do_not_fit(sharded, documents, make, tmp_path, fails):
     runtime.remove(folder / "shard-000-of-002")
     make(documents, "parts", shard="1/3", val_fraction=0.5, **options)
     fails(1, lambda: prepare.read_meta(folder), "shard-001-of-003 has settings", "0.5", "0.3")
+    make(documents, "parts", shard="1/3", val_fraction=0.3, **options)
+    (documents / "0.txt").write_text("a file more: each slice has other ones")
+    make(documents, "parts", shard="2/3", val_fraction=0.3, **options)
+    fails(1, lambda: prepare.read_meta(folder), "shard-002-of-003 has settings", "62", "61")
     fails(1, lambda: make(documents, "whole", shard="0/3", **options), "without --shard")
-    fails(1, lambda: make(documents, "x", shard="0/99", **options), "needs 99 documents", "61")
+    fails(1, lambda: make(documents, "x", shard="0/99", **options), "needs 99 documents", "62")
 
 
 def test_hub_shards(make, hub, tmp_path, bpe):

@@ -706,6 +706,10 @@ def test_a_text_names_no_file(config, tmp_path, fails):
     cfg = config(dataset="log", data_dir=str(tmp_path), sample_start=None, sample_tokens=3)
     train.main(cfg)
     assert "~~~~\ngone a x" in (Path(cfg.out_dir) / "samples.md").read_text("utf-8")
+    (tmp_path / "text.txt").write_text("name\nof\na\nline\n" * 200)  # a vocabulary without a blank
+    prepare.main(prepare.Config("log", source=source, tokenizer="char", data_dir=str(tmp_path)))
+    train.main(replace(cfg, overwrite=True))
+    assert "~~~~\nof\na\nline" in (Path(cfg.out_dir) / "samples.md").read_text("utf-8")
     data = {"train": np.zeros(0, np.uint16), "val": np.zeros(0, np.uint16)}
     fails(1, lambda: train.check_data(cfg, data, 9, 1), "has 0 tokens", "prepare more text")
 

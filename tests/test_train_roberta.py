@@ -12,11 +12,13 @@ import time
 import numpy as np
 import pytest
 import safetensors.torch
+import tokenizers
 import torch
 import transformers
 from conftest import ROOT, snapshot
 from torch.nn.utils.rnn import pad_sequence
 
+import prepare
 import runtime
 import train_roberta
 from configurator import changed, load
@@ -419,7 +421,7 @@ def test_odd_texts_train(data, packing, tmp_path):
     (b" \n\t\r\n", {}, 1, "blank"),
     ("Königsberg\n".encode("latin-1"), {}, 1, "is not UTF-8"),
     (None, {}, 1, "no such file"),
-    (b"reason", {"tokenizer": "nowhere"}, 1, "--tokenizer nowhere"),
+    (b"reason", {"tokenizer": "nowhere"}, 2, "--tokenizer nowhere is no folder"),
     (b"reason", {"vocab_size": 100}, 2, "--vocab_size must be 261 or more, not 100"),
     (b"reason", {"n_head": 3}, 2, "no multiple of --n_head 3"),
     (b"reason", {"mlm_probability": 0.0}, 2, "--mlm_probability"),
@@ -462,11 +464,43 @@ def test_tokenizer_is_reused(finished, tmp_path):
     expected = transformers.AutoTokenizer.from_pretrained(finished)("reason is <mask>.").input_ids
     for path in (finished, finished / "tokenizer.json", tmp_path):
         assert open_tokenizer(path)("reason is <mask>.").input_ids == expected
+    with pytest.raises(UserError, match="is no folder, and no tokenizer.json"):
+        open_tokenizer(tmp_path / "merges.txt")  # any file of a folder meant its tokenizer.json
     (tmp_path / "other.txt").write_text("entirely different words\n" * 9)
     train(tmp_path / "other.txt", tmp_path / "run", max_iters=1, tokenizer=str(tmp_path))
     assert (tmp_path / "run/vocab.json").read_bytes() == (finished / "vocab.json").read_bytes()
     ours = transformers.AutoTokenizer.from_pretrained(tmp_path / "run")
     assert ours("reason is <mask>.").input_ids == expected
+
+
+@pytest.mark.parametrize("gap, wraps", [(50, True), (0, False)])
+def test_tokenizers_of_others(gap, wraps, text, tmp_path, fails):
+    """Ids with gaps were beyond the embedding; a tokenizer that adds no <s> </s>, as training
+    does, gave a model that others ask differently from what it learnt."""
+    ids = {name: i for i, name in enumerate(["<s>", "</s>", "<pad>", "<unk>", "<mask>"])}
+    ids |= {chr(97 + i): 5 + gap + i for i in range(26)}
+    engine = tokenizers.Tokenizer(tokenizers.models.WordPiece(ids, unk_token="<unk>"))
+    if wraps:
+        engine.post_processor = tokenizers.processors.RobertaProcessing(("</s>", 1), ("<s>", 0))
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=engine, cls_token="<s>", sep_token="</s>", pad_token="<pad>",
+        unk_token="<unk>", mask_token="<mask>").save_pretrained(tmp_path / "t")
+    cfg = config(text, tmp_path / "run", max_iters=1, tokenizer=str(tmp_path / "t"))
+    if wraps:
+        train_roberta.main(cfg)
+        assert read_json(tmp_path / "run/config.json")["vocab_size"] == 5 + gap + 26
+    else:
+        fails(1, lambda: train_roberta.main(cfg), "does not put <s> and </s> around a text")
+
+
+def test_a_url_with_a_key_is_resumed(text, tmp_path, monkeypatch):
+    """The key is saved nowhere, so the run goes on with the file that it downloaded."""
+    monkeypatch.setattr(prepare, "fetch", lambda url, raw_dir: text)
+    train("http://host/a.txt?key=1", tmp_path / "run", max_iters=1)
+    assert read_json(tmp_path / "run/run.json")["source"] == str(text)
+    monkeypatch.setattr(prepare, "fetch", None)
+    resume(tmp_path / "run", "--max_iters=2")
+    assert log(tmp_path / "run", "iter")[-1] == [2]
 
 
 def test_fill_mask_only_fills(finished, capsys, fails):
@@ -475,7 +509,10 @@ def test_fill_mask_only_fills(finished, capsys, fails):
     answers = train("nowhere.txt", finished, fill_mask="reason is <mask> and <mask>.")
     scores = [each["score"] for each in answers[0]]
     assert len(answers) == 2 and scores == sorted(scores, reverse=True) and len(scores) == 5
-    assert capsys.readouterr().out.count("\n") == 1 + 2 * 6
+    out = capsys.readouterr().out
+    assert out.startswith(f"asking {finished}\n") and out.count("\n") == 2 + 2 * 6
+    empty = load(Config, ["--fill_mask=", f"--out_dir={finished}"])  # an unset shell variable
+    fails(2, lambda: train_roberta.main(empty), "<mask>")
     fails(2, lambda: train("nowhere.txt", finished, fill_mask="reason is pure."), "<mask>")
     fails(2, lambda: train("nowhere.txt", finished, fill_mask="reason " * 600 + "<mask>"), "512")
     assert before == snapshot(finished)
@@ -500,7 +537,7 @@ def test_configs(name, millions, tokenizer, monkeypatch):
     """The recipes load, and have the size that they state."""
     cfg = load(Config, [str(ROOT / f"config/{name}.py")])
     train_roberta.check(cfg)
-    monkeypatch.setattr(type(tokenizer), "__len__", lambda self: cfg.vocab_size)
+    monkeypatch.setattr(type(tokenizer), "get_vocab", lambda self: {"": cfg.vocab_size - 1})
     with torch.device("meta"):
         model = train_roberta.make_model(cfg, tokenizer)
     assert model.num_parameters() / 1e6 == pytest.approx(millions, rel=0.05)
