@@ -117,7 +117,7 @@ def fetch(url, raw_dir):
     # Two queries are two files; 32 bits of a hash do not give away a token in one.
     digest = hashlib.sha256(re.sub(r"//[^/?#]*@", "//", url).encode()).hexdigest()[:8]
     path = Path(raw_dir, f"raw-{digest}-{name}")
-    if not path.exists():
+    if not path.exists() or not path.stat().st_size:  # a server may have had a bad day
         print0(f"downloading {shown} to {path}")
         aside = path.with_name(f".tmp-{path.name}")
         with one_line(f"cannot write into {path.parent}", kinds=OSError):

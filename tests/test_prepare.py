@@ -494,6 +494,9 @@ def test_download(make, server, fails):
     assert text_of(folder) == WORDS * 2000 and len(server.asked) == 1
     raw = [p.name for p in folder.glob("raw-*")]
     assert len(raw) == 1 and raw[0].endswith("-text.txt")
+    (folder / raw[0]).write_bytes(b"")  # what came once was nothing, and was kept for ever
+    make(f"{server.url}/dir/text.txt")
+    assert text_of(folder) == WORDS * 2000 and len(server.asked) == 2
     for answer, word in ((404, "404"), ("truncate", "ChunkedEncodingError"), ("length", "Header")):
         server.answers = iter([answer])
         url = f"{server.url}/bad.txt"
