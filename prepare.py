@@ -245,7 +245,7 @@ def read_hub(source, val_fraction, i, n):
         for row in split_dataset_by_node(rows, i, n):
             text = row.get(column, 0) or ""
             if column not in row or not isinstance(text, str):
-                raise UserError(f"{source}: no text column {column!r}, only {', '.join(row)}: "
+                raise UserError(f"{source}: no text column {column!r} among {', '.join(row)}: "
                                 f"--source hf:{repo}:{config}:COLUMN", 2)
             checksum = hashlib.sha256(text.encode()).hexdigest()
             yield split_of(checksum, val_fraction), text, True
