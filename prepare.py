@@ -117,7 +117,7 @@ def fetch(url, raw_dir):
     # Two queries are two files; 32 bits of a hash do not give away a token in one.
     digest = hashlib.sha256(re.sub(r"//[^/?#]*@", "//", url).encode()).hexdigest()[:8]
     path = Path(raw_dir, f"raw-{digest}-{name}")
-    if not path.exists() or not path.stat().st_size:  # a server may have had a bad day
+    if not path.exists() or not path.stat().st_size:  # an empty one is no download
         print0(f"downloading {shown} to {path}")
         aside = path.with_name(f".tmp-{path.name}")
         with one_line(f"cannot write into {path.parent}", kinds=OSError):
@@ -210,8 +210,8 @@ def read_pieces(f, left=math.inf):
                 yield rest[:cut]
                 rest = rest[cut:]
     except UnicodeDecodeError as error:
-        raise UserError(f"{f.name} is not UTF-8 ({error.reason}); unpack it, or convert "
-                        f"it: iconv -f ENCODING -t utf-8 {f.name}") from None
+        raise UserError(f"{f.name} is not UTF-8 ({error.reason}); unpack it if it is compressed, "
+                        f"or convert it: iconv -f ENCODING -t utf-8 {f.name}") from None
     if rest:
         yield rest
 
@@ -582,7 +582,8 @@ def resolve(cfg):
     for holds, message in (
         (re.fullmatch(r"\w[\w.-]{0,99}", dataset) and ".." not in dataset,
          f"--dataset {dataset!r} must be one plain folder name, such as mine"),
-        (sources[0], f"--dataset {dataset} is no preset ({', '.join(PRESETS)}); give your text too:"
+        (sources[0] not in (None, "hf:"),  # an unset shell variable: the current folder
+         f"--dataset {dataset} is no preset ({', '.join(PRESETS)}); give your text too:"
          " --source PATH"),
         (len(sources) == 1 or not any(source.startswith("hf:") for source in sources),
          "--source: a hub data set (hf:...) stands alone, not beside others"),
@@ -659,7 +660,7 @@ def open_sources(cfg, folder, i, n):
 def build(cfg, folder, i, n):
     """Make slice i of n in `folder`: every file beside the old one, then all renamed."""
     pieces, n_bytes, digest, count = open_sources(cfg, folder, i, n)
-    source = " ".join(map(hide_secrets, cfg.source))
+    source = " ".join(map(hide_secrets, cfg.source)).encode(errors="backslashreplace").decode()
     vocab_size = cfg.vocab_size
     if cfg.tokenizer == "bpe" and vocab_size is None:
         preset_size = PRESETS.get(cfg.dataset, (None, None, None))[2]

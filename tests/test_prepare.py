@@ -410,6 +410,7 @@ def test_several_sources_and_replacing(run, tmp_path):
     with contextlib.suppress(OSError):  # a system that has no such names
         shutil.copy(tmp_path / "a.txt", tmp_path / "c\udcff.txt")
         assert "data/c: " in run("prepare.py", "--source", "c\udcff.txt").stdout  # a traceback
+        prepare.read_meta(tmp_path / "data/c")["source"].encode()  # a report's and a card's, too
 
 
 @pytest.fixture
@@ -677,6 +678,7 @@ BAD = {  # name: (options, exit code, words of the line)
     "empty files": ({"source": "empty*.txt"}, 1, ["empty*.txt is empty"]),
     "not UTF-8, bpe": ({"source": "latin1.txt", "tokenizer": "bpe"}, 1, ["unpack", "iconv"]),
     "not UTF-8, document": ({"source": "*.txt"}, 1, ["latin1.txt is not UTF-8"]),
+    "hub and no name": ({"source": "hf:"}, 2, ["give your text too"]),
     "hub and more": ({"source": ("hf:a", "text.txt")}, 2, ["stands alone"]),
     "vocabulary too large": (
         {"tokenizer": "bpe", "vocab_size": 50_000}, 1, ["50000", "leave it out", "more text"]),
