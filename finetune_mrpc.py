@@ -314,7 +314,8 @@ def evaluate(cfg, accelerator, model, tokenizer, table, labels, ids, name, tempe
     if (counts.sum(0) > 0).sum() == 1:
         print0(f"warning: the model calls every pair {[*labels.values()][counts.sum(0).argmax()]}")
     # A bootstrap over the pairs: to draw n of them is to draw n cells of the confusion matrix.
-    drawn = numpy.random.default_rng(0).multinomial(n, counts.ravel() / n, size=10_000)
+    times = max(100, min(10_000, 10**7 // k**2))  # 80 MB at most, up to 300 labels
+    drawn = numpy.random.default_rng(0).multinomial(n, counts.ravel() / n, size=times)
     for m, values in scores(drawn.reshape(-1, k, k)).items():
         found[f"{m}_interval"] = numpy.quantile(values, [0.025, 0.975]).tolist()
     if temperature is None:
@@ -464,10 +465,11 @@ def forward_backward(cfg, accelerator, model, collate, pairs, iteration):
     return total
 
 
-def train(cfg, accelerator, data, labels, stop, start):
+def train(cfg, accelerator, data, labels, stop, start, begin=None):
     """One run with one seed, from beginning to end. Returns what results.json says.
 
-    start: (checkpoint folder, its run.json) or (None, {}).
+    start: (checkpoint folder, its run.json) or (None, {}). begin: called when nothing can fail any
+    more, before the old run is deleted.
     """
     # ---- model and pairs
     out_dir = Path(cfg.out_dir)
@@ -521,7 +523,9 @@ def train(cfg, accelerator, data, labels, stop, start):
     if folder:
         runtime.load_checkpoint(accelerator, folder, [optimizer])
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process and cfg.overwrite:  # last, when nothing can fail any more
+    if begin:
+        begin()
+    if accelerator.is_main_process and cfg.overwrite:
         runtime.clear_run(out_dir, *OUTPUTS)
     info = {"script": "finetune_mrpc.py", "config": asdict(cfg), "same": same, "state": state,
             "started": saved.get("started") or time.strftime("%Y-%m-%d %H:%M"),
@@ -646,18 +650,20 @@ def train_seeds(cfg, accelerator, data, labels, stop, seeds):
         one = replace(cfg, seed=seed, seeds="", out_dir=str(folder), resume=resume,
                       overwrite=cfg.overwrite or (cfg.resume and not resume))
         jobs.append((one, runtime.find_run(folder, resume, one.overwrite)))
-    if accelerator.is_main_process and cfg.overwrite:  # or a resume would take old runs for ours
-        for folder in (out_dir, *out_dir.glob("seed-*/")):
-            runtime.clear_run(folder, *OUTPUTS)
-    accelerator.wait_for_everyone()
     info = {"script": "finetune_mrpc.py", "config": asdict(cfg),
             "started": time.strftime("%Y-%m-%d %H:%M")}
-    write_json(accelerator, out_dir / "run.json", info)
+
+    def begin():
+        if accelerator.is_main_process and cfg.overwrite:  # a resume would take old runs for ours
+            for folder in (out_dir, *out_dir.glob("seed-*/")):
+                runtime.clear_run(folder, *OUTPUTS)
+        write_json(accelerator, out_dir / "run.json", info)
+
     runs = []
     for one, start in jobs:
         print0(f"\nseed {one.seed}, in {one.out_dir}")
         Path(one.out_dir).mkdir(exist_ok=True)
-        runs.append(train(one, accelerator, data, labels, stop, start))
+        runs.append(train(one, accelerator, data, labels, stop, start, None if runs else begin))
     figures = pandas.json_normalize(runs).drop(columns="seed").select_dtypes("number")
     mean, deviation = figures.mean(), figures.std()
     results = {"seeds": seeds, **mean, **deviation.add_suffix("_std"), "n": runs[0]["n"],
@@ -689,8 +695,8 @@ def train_seeds(cfg, accelerator, data, labels, stop, seeds):
 def finetuned_model(cfg):
     """The folder or name for --eval_only and --predict: a --model with a head, or out_dir/best."""
     config, best = Path(cfg.model, "config.json"), Path(cfg.out_dir, "best")
-    has_head = config.is_file() and b"ForSequenceClassification" in config.read_bytes()
-    if has_head or (cfg.model != Config.model and not best.is_dir()):
+    has_no_head = config.is_file() and b"ForSequenceClassification" not in config.read_bytes()
+    if cfg.model != Config.model and not (has_no_head and best.is_dir()):
         return cfg.model
     if not best.is_dir():
         raise UserError(f"{best} does not exist; train first, or name a fine-tuned --model")

@@ -375,7 +375,7 @@ def complete(model, tokenizer, text, cfg=None):
                           eos_id, generator, cfg.kv_cache):
             idx = torch.cat((idx, new), dim=1)
             if cfg.num_samples == 1:
-                made = text_of(idx[0]).rstrip("\ufffd")  # the rest of a character is to come
+                made = text_of(idx[0]).rstrip("\ufffd\r")  # the rest may be to come
                 print(show(made[len(shown) :]), end="", flush=True)
                 shown = made
     seconds = time.perf_counter() - began

@@ -159,10 +159,8 @@ def train(cfg, out_dir, stop, checkpoint, saved):
     it = int(checkpoint.name[11:]) if checkpoint else 0
     if it > cfg.max_iters:
         raise UserError(f"{checkpoint} has done {it} iterations, more than the {cfg.max_iters} "
-                        "asked for; give a larger --max_iters, or start again with --overwrite")
-    if cfg.warmup_iters > cfg.max_iters:
-        raise UserError(f"--warmup_iters {cfg.warmup_iters} is longer than the run of "
-                        f"--max_iters {cfg.max_iters}", 2)
+                        "asked for, which count from the first; give a larger --max_iters, or "
+                        "start again with --overwrite")
     if cfg.dry_run:
         announce(cfg, accelerator, model, data, rows)
         return dry_run(cfg, model, *measure(cfg))

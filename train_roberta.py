@@ -599,7 +599,7 @@ def export(checkpoint, out_dir):
 
 def train(cfg, accelerator, lines, stop, start, saved):
     """The run, in a locked cfg.out_dir. Returns the Trainer, with .model, .processing_class (the
-    tokenizer) and .state.log_history."""
+    tokenizer) and .state.log_history; None where the run was finished before."""
     out_dir, first = Path(cfg.out_dir), accelerator.is_main_process
 
     # ---- tokenizer, data, model
@@ -631,11 +631,15 @@ def train(cfg, accelerator, lines, stop, start, saved):
     if start:
         runtime.check_same(start, saved, same)
         run["resumed"].append(done)
-        if done >= last:
+        if done > last:
+            raise UserError(f"{start} has done {done} iterations, more than the {last} asked for; "
+                            "resume with a larger --max_epochs or --max_iters", 2)
+        if done == last:
             if first:
                 export(start, out_dir)  # where the run was killed before it got to this
-            raise UserError(f"{out_dir} is finished: {done} iterations are done, {last} are asked "
-                            "for; resume with a larger --max_epochs or --max_iters", 2)
+            print0(f"the run is finished at iteration {done}; a longer one: {stop.command} "
+                   "with a larger --max_epochs or --max_iters")
+            return None
         if saved.get("max_epochs") != cfg.max_epochs:
             print0(f"the learning rate now falls to zero at iteration {iterations:,}")
     print0("configuration:", ", ".join(f"{k}={v!r}" for k, v in changed(cfg).items()) or "defaults")
@@ -680,6 +684,7 @@ def train(cfg, accelerator, lines, stop, start, saved):
                         "--out_dir") from error
     if callback.signum:
         stop.exit(callback.signum, out_dir)
+    stop.release()  # all is saved: Ctrl-C ends it at once
 
     # ---- the finished model becomes out_dir's own and answers a first question
     if first:

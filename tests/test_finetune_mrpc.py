@@ -572,6 +572,8 @@ def test_eval_only_and_predict(whole, recipe, home, tmp_path, capsys, fails):
     fails(1, lambda: main(replace(recipe, eval_only=True, out_dir=str(tmp_path))), "is damaged")
     nowhere = replace(recipe, eval_only=True, out_dir=str(tmp_path / "none"))
     fails(1, lambda: main(nowhere), "not fine-tuned")
+    other = replace(recipe, eval_only=True, model="no/such")  # out_dir/best was scored in its place
+    fails(1, lambda: main(other), "cannot load no/such")
 
 
 def test_a_model_with_labels_in_another_order(whole, recipe, tmp_path, fails):
@@ -654,6 +656,10 @@ def test_seeds(recipe, tmp_path, capsys, fails, monkeypatch):
     one = resume(tmp_path / "seed-1", max_iters=4)  # a run of its own, without the other seeds
     assert one["seed"] == 1 and not (tmp_path / "seed-1" / "seed-1").exists()
     assert again["last.f1"] == pytest.approx((runs[0]["last"]["f1"] + runs[1]["last"]["f1"]) / 2)
+    assert runtime.read_run(tmp_path)["seconds"] > 0
+    failing = replace(cfg, overwrite=True, model="no/such")
+    fails(1, lambda: main(failing), "cannot load no/such")  # and the old runs are still there
+    assert all(runtime.checkpoints(tmp_path / f"seed-{s}") for s in (1, 2))
     assert runtime.read_run(tmp_path)["seconds"] > 0
     (tmp_path / "run.json").write_text("{")
     fails(1, lambda: resume(tmp_path), "cannot resume")

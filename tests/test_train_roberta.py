@@ -303,7 +303,7 @@ def test_right_sums_and_wrong_contents_are_one_line(text, tmp_path, fails):
         (checkpoint / name).write_bytes(before)
 
 
-def test_refusals(text, tmp_path, fails):
+def test_refusals(text, tmp_path, capsys, fails):
     """An old run is neither mixed with nor lost by accident."""
     out_dir = tmp_path / "run"
     train(text, out_dir, max_iters=3)
@@ -313,8 +313,9 @@ def test_refusals(text, tmp_path, fails):
     fails(2, lambda: resume(out_dir, "--n_embd=64", "--n_layer=3", "--batch_size=5"),
           "n_embd is 64 but was 32", "n_layer is 3", "examples_per_iteration is 5")
     fails(2, lambda: resume(out_dir, f"--source={tmp_path / 'other.txt'}"), "text_sha256")
-    fails(2, lambda: resume(out_dir), "is finished", "--max_iters")
-    fails(2, lambda: resume(out_dir, "--max_iters=2"), "3 iterations are done")
+    assert resume(out_dir) is None  # finished; a script that retries must end
+    assert "finished at iteration 3" in capsys.readouterr().out
+    fails(2, lambda: resume(out_dir, "--max_iters=2"), "done 3 iterations")
     for wrong in ({"block_size": 600}, {"text": "gone.txt"}, {"tokenizer": "gone"}):
         with pytest.raises(UserError):
             train(**{"text": text, "out_dir": out_dir, "overwrite": True} | wrong)
