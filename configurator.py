@@ -28,7 +28,8 @@ OPENMP = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "10000"}
 
 def usage_error(message):
     """End the program with one line and exit code 2, as a command line parser does."""
-    if os.environ.get("RANK", "0") == "0" or "MASTER_ADDR" not in os.environ:
+    several = "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ
+    if os.environ.get("RANK", "0") == "0" or not several:
         print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
     raise SystemExit(2)
 
@@ -46,10 +47,8 @@ def read_config_file(path):
             options += [f"--{name}", *map(str, value)] if several else [f"--{name}={value}"]
     except (Exception, SystemExit) as error:  # it is the user's program: anything can happen in it
         frames = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
-        if isinstance(error, SyntaxError) and error.filename == path:
-            frames = [error.lineno]
-        line = (frames or ["?"])[-1]
-        usage_error(f"config file {path}, line {line}: {type(error).__name__}: {error}")
+        line = f", line {frames[-1]}" if frames else ""  # a SyntaxError's text names its line
+        usage_error(f"config file {path}{line}: {type(error).__name__}: {error}")
     return options
 
 

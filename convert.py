@@ -132,14 +132,13 @@ def fold_embd_norm(model):
 
 
 def local_folder(name):
-    """The folder `name`, or that of the hub's model `name`: downloaded or, with HF_HUB_OFFLINE=1,
-    out of the cache. Only JSON and safetensors are fetched. Raises UserError."""
+    """The folder `name`, or that of the hub's model `name`: downloaded or, without a network, from
+    the cache. Only JSON and safetensors are fetched. Raises UserError."""
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download
 
     remedy = f"{name} is no folder here; one with config.json and model.safetensors is enough"
-    prepare.require_network(remedy=remedy)
     with one_line(f"cannot download {name}", remedy, (OSError, ValueError)):  # no such name ...
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
 
@@ -170,13 +169,14 @@ def gpt_config(c, dropout=0.0):
 
 def check_same_tokenizer(name, tokenizer):
     """Raise UserError unless `tokenizer`, that of the data, is that of the weights `name`."""
-    if not (local_folder(name) / "tokenizer.json").exists():
+    folder = local_folder(name)
+    if not (folder / "tokenizer.json").exists():
         print0(f"warning: {name} has no tokenizer.json: its tokens may not be those of the data")
         return
     probe = "It's a test: 3.14, x**2  (ə ğ ş İ, 日本語, Привет 🙂)\r\n\tdef f(x): return 1000\n\n"
-    if load_tokenizer(name).encode(probe) != tokenizer.encode(probe):
+    if load_tokenizer(folder).encode(probe) != tokenizer.encode(probe):
         raise UserError(f"{name} has another tokenizer than the data: prepare the data again with "
-                        f"--tokenizer={local_folder(name)}", 2)
+                        f"--tokenizer={folder}", 2)
 
 
 def from_pretrained(name, dropout=0.0):

@@ -240,20 +240,17 @@ def read_hub(source, val_fraction, i, n):
     import datasets  # it takes seconds
     from datasets.distributed import split_dataset_by_node
 
-    try:
+    # of datasets, fsspec, httpx or pyarrow: their exceptions have no common class
+    with one_line(f"cannot read {source}", "--dataset=stdlib needs no network"):
         rows = datasets.load_dataset(repo, config or None, split="train", streaming=True)
         for row in split_dataset_by_node(rows, i, n):
-            text = row.get(column, 0) or ""
-            if column not in row or not isinstance(text, str):
+            text = row.get(column, 0)
+            if not isinstance(text, str | None):
                 raise UserError(f"{source}: no text column {column!r} among {', '.join(row)}: "
                                 f"--source hf:{repo}:{config}:COLUMN", 2)
+            text = text or ""
             checksum = hashlib.sha256(text.encode()).hexdigest()
             yield split_of(checksum, val_fraction), text, True
-    except UserError:
-        raise
-    except Exception as error:  # of datasets, fsspec, httpx or pyarrow: no common class
-        raise UserError(f"cannot read {source}: {str(error)[:300]}; --dataset=stdlib needs no "
-                        "network") from error
 
 
 # --- tokenizers ------------------------------------------------------------------------------

@@ -186,7 +186,7 @@ def describe_machine(accelerator):
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):  # Linux knows more
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        cpu = next((x.split(": ", 1)[1] for x in lines if x.startswith("model name")), cpu)
+        cpu = next((x.partition(": ")[2] for x in lines if x.startswith("model name")), cpu)
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {"cpu": cpu, "cores": os.cpu_count(), "accelerator": ", ".join(gpus) or None,
             "torch": torch.__version__, "python": platform.python_version(),

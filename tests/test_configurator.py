@@ -146,11 +146,12 @@ def test_message_on_any_terminal(run):
     one_line(result.stderr, "--val_fraction", "'mu")
 
 
-@pytest.mark.parametrize("rank, expected", [("0", 1), ("1", 0)])
-def test_eight_processes_say_it_once(capsys, monkeypatch, rank, expected):
-    """Would catch the same line from each process of a run."""
+@pytest.mark.parametrize("rank, world, expected", [("0", "8", 1), ("1", "8", 0), ("1", None, 1)])
+def test_eight_processes_say_it_once(capsys, monkeypatch, rank, world, expected):
+    """Would catch the same line from each process of a run, or nothing from one that is alone."""
     monkeypatch.setenv("RANK", rank)
-    monkeypatch.setenv("WORLD_SIZE", "8")
+    if world:
+        monkeypatch.setenv("WORLD_SIZE", world)
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     with pytest.raises(SystemExit):
         load("--wole=1")

@@ -239,6 +239,10 @@ def test_folders_that_are_no_model(tmp_path, fails, monkeypatch):
         fails(1, lambda: from_pretrained(str(tmp_path / "more")), "cannot load", "convert.py")
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     fails(1, lambda: from_pretrained("somebody/nothing-like-it"), "cannot download")
+    # a model in the hub's cache was refused without a network, before anybody looked
+    monkeypatch.setattr(prepare, "require_network", None)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: str(tmp_path))
+    assert convert.local_folder("owner/name") == tmp_path
 
 
 class Evil:

@@ -447,6 +447,8 @@ def test_hub_data_set(make, tmp_path, hub, fails):
     assert any("yeni" in text for split in SPLITS for text in texts_of(changed, split))
     fails(2, lambda: make(f"hf:{tmp_path / 'jsonl'}::body", "x"), "'body'", "id, text, title")
     fails(2, lambda: make(f"hf:{tmp_path / 'jsonl'}::id", "x"), "no text column 'id'")
+    rows.write_text('{"text": 0}\n' * 9)  # a number 0 was taken for an empty text
+    fails(2, lambda: make(f"hf:{tmp_path / 'jsonl'}", "x"), "no text column 'text'")
     fails(1, lambda: make(f"hf:{tmp_path / 'nothing'}", "x"), "nothing", "--dataset=stdlib")
     fails(1, lambda: make(f"hf:{tmp_path / 'jsonl'}:nope", "x"), "nope")
 
