@@ -17,6 +17,7 @@ import subprocess
 import sys
 import traceback
 import types
+import typing
 
 import tyro
 
@@ -64,7 +65,7 @@ def parse(config_class, options, default, place):
         names.append(name)
         if name in retired:
             usage_error(f"{place}--{name} is now {retired[name]}")
-        switch = isinstance(getattr(default, name, None), bool)
+        switch = typing.get_type_hints(config_class).get(name) in (bool, bool | None)
         if switch and "=" not in option and following.startswith("--"):
             spelled.append("True")  # --resume is short for --resume=True
     for group in getattr(config_class, "ALTERNATIVES", ()):

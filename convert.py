@@ -116,13 +116,12 @@ def from_hf_names(state, config):
 
 def fold_embd_norm(model):
     """A copy of a model without embd_norm but equal logits: the norm depends on a row of wte alone,
-    so the rows are normalised once. Raises UserError where the head shares them."""
+    so the rows are normalised once. A head that shared them keeps them as they were."""
     if not model.config.embd_norm:
         return model
-    if model.config.tie_weights:
-        raise UserError("embd_norm cannot be folded into an embedding that the head shares")
     folded = copy.deepcopy(model)
-    folded.config.embd_norm = False
+    folded.config.embd_norm = folded.config.tie_weights = False
+    folded.lm_head.weight = torch.nn.Parameter(folded.lm_head.weight.clone())
     weight = folded.transformer.wte.weight.data
     weight.copy_(F.rms_norm(weight, weight.shape[1:], eps=model.config.norm_eps))
     return folded
