@@ -32,42 +32,6 @@ def dropout(x, p=0.5, training=True):
     return x * keep.to(x.dtype).mul_(1 / (1 - p))
 
 
-class _RMSNorm(torch.autograd.Function):
-    """RMSNorm whose backward is LayerNorm's kernel with a mean of 0, which leaves one term over."""
-
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        x = x.contiguous()
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = torch.rsqrt(norm.square() / x.size(-1) + eps)  # (..., 1)
-        ctx.save_for_backward(x, weight, scale)
-        return (x * scale * weight).to(x.dtype)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        x, weight, scale = ctx.saved_tensors
-        grad = grad.contiguous()
-        zeros = torch.zeros_like(scale)
-        # not its grad_weight: in bf16 that adds up in bf16, 7 % wrong over 8,192 rows
-        grad_x = torch.ops.aten.native_layer_norm_backward(
-            grad, x, weight.shape, zeros, scale, weight, None, [True, False, False])[0]
-        surplus = scale * F.linear(grad, weight[None].to(grad.dtype)) / x.size(-1)
-        grad_weight = (grad * x * scale).view(-1, x.size(-1)).sum(0)
-        return grad_x.add_(surplus.to(x.dtype)), grad_weight, None
-
-
-def rms_norm(x, normalized_shape, weight=None, eps=None):
-    """F.rms_norm over the last dimension. For training on a CPU PyTorch composes it of many
-    operators, which take about 1.6 times as long as this."""
-    plain = (x.is_cpu and x.dtype in (torch.float32, torch.bfloat16) and eps is not None
-             and tuple(normalized_shape) == x.shape[-1:] and torch.is_grad_enabled())
-    if not plain or torch.compiler.is_compiling():
-        return F.rms_norm(x, normalized_shape, weight, eps)
-    weight = x.new_ones(normalized_shape) if weight is None else weight
-    return _RMSNorm.apply(x, weight.float(), eps)
-
-
 def scaled_dot_product_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False,
                                  enable_gqa=False):
     """F.scaled_dot_product_attention. On a CPU PyTorch's fused kernel has no dropout, and training

@@ -18,10 +18,10 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 try:  # the same functions, faster on a CPU; delete fast.py and the model computes the same
-    from fast import Linear, dropout, rms_norm, scaled_dot_product_attention
+    from fast import Linear, dropout, scaled_dot_product_attention
 except ModuleNotFoundError:
     from torch.nn import Linear
-    from torch.nn.functional import dropout, rms_norm, scaled_dot_product_attention
+    from torch.nn.functional import dropout, scaled_dot_product_attention
 
 
 @dataclass
@@ -79,7 +79,7 @@ class RMSNorm(nn.RMSNorm):
     has no fused kernel for two dtypes."""
 
     def forward(self, x):
-        return rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 def make_norm(config):
@@ -211,7 +211,7 @@ class GPT(nn.Module):
         the tokens whose keys and values it holds."""
         x = self.transformer.wte(idx)  # (B, T, C)
         if self.config.embd_norm:
-            x = rms_norm(x, (x.size(-1),), eps=self.config.norm_eps)
+            x = F.rms_norm(x, (x.size(-1),), eps=self.config.norm_eps)
         if cache is None:
             positions = torch.arange(idx.size(1), device=idx.device)
         else:

@@ -404,11 +404,12 @@ def read_windows(tokens, windows, block_size, vocab_size, device):
 # they are few, and memorizes a small text later. Tokens of a run up to which a width holds; the
 # first has 3 layers for the same reason, 4 where the text is repeated:
 WIDTHS = ((3.5e6, 128), (15e6, 192), (math.inf, 256))
-# A text that is repeated needs dropout, and a head that is slow (it memorizes first) or shares the
-# embedding's matrix; one that is not loses by all that. Epochs up to which a line holds, dropout,
-# the head's part of learning_rate:
+# A text that is repeated needs dropout and a slow untied head, which memorizes first; one that is
+# not loses by both. Epochs up to which a line holds, dropout, the head's part of learning_rate:
 REPEATS = ((2, 0.0, 1.0), (5, 0.1, 0.3), (math.inf, 0.2, 0.3))
-TIED = (75_000, 2_048)  # tokens of a text and vocabulary from which sharing pays
+# Tokens of a text and vocabulary from which embedding and head are better one matrix, if the text
+# is repeated or the model wider than the first of WIDTHS:
+TIED = (75_000, 2_048)
 UPDATES = 1_450  # of a run whose length is not given
 EVALUATIONS = 5  # of a run at most, one before the first update; or --eval_interval
 MAX_EPOCHS = 10  # of a run whose length is not given, or given in minutes,
@@ -429,11 +430,7 @@ def choose(cfg, train_windows, rows, vocab_size, measure):
         chosen = {"warmup_iters": min(40, iters // 10),
                   "eval_interval": max(1, math.ceil(iters / (EVALUATIONS - 1)))}
         _, chosen["dropout"], head = next(line for line in REPEATS if iters - 1 < line[0] * epoch)
-        slow_head = head < 1 and cfg.optimizer == "muon"
         tied = cfg.tie_weights
-        if tied is None and cfg.init_from == "scratch":
-            pays = train_windows * cfg.block_size >= TIED[0] and vocab_size >= TIED[1]
-            tied = slow_head and pays and cfg.head_lr is None
         if cfg.init_from == "scratch":
             tokens = min(iters, most) * rows * cfg.block_size
             width = cfg.n_embd or next(width for up_to, width in WIDTHS if tokens <= up_to)
@@ -442,8 +439,12 @@ def choose(cfg, train_windows, rows, vocab_size, measure):
             width += -width % (2 * heads)  # an even width of each, for rotary positions
             few = width < WIDTHS[1][1] and not chosen["dropout"]
             chosen |= {"n_layer": 3 if few else 4, "n_embd": width, "n_head": heads}
+            if tied is None:
+                pays = train_windows * cfg.block_size >= TIED[0] and vocab_size >= TIED[1]
+                pays = pays and (head < 1 or width > WIDTHS[0][1])
+                tied = pays and cfg.optimizer == "muon" and cfg.head_lr is None
             chosen["tie_weights"] = tied
-        if slow_head and not tied and not cfg.resume:
+        if head < 1 and cfg.optimizer == "muon" and not tied and not cfg.resume:
             chosen["head_lr"] = head * cfg.learning_rate
         chosen = {name: value for name, value in chosen.items() if getattr(cfg, name) is None}
         return replace(cfg, max_iters=iters, max_epochs=None, minutes=None, **chosen)

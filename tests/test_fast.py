@@ -89,42 +89,6 @@ def test_attention(heads):
     assert torch.equal(masked, wanted)
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rms_norm(dtype, weighted):
-    """Values and both gradients, of features with a mean, in any memory order; fp64 is torch's."""
-    torch.manual_seed(0)
-    weight = torch.rand(10).to(dtype).requires_grad_() if weighted else None
-    rows = torch.randn(3, 7, 4, 10) + 2
-    bound = 1e-5 if dtype == torch.float32 else 0.01
-    many = torch.randn(5000, 10) + 1  # a sum in bf16 would be wrong
-    for x in (rows, rows.transpose(1, 2), rows[0, 0, 0], rows[..., :1, :] * 1e-4, many, rows[:0]):
-        x = x.to(dtype).requires_grad_()
-        grad = torch.randn(x.shape) + 1
-        inputs = [x, weight] if weighted else [x]
-        exact = [value.detach().double().requires_grad_() for value in inputs]
-        wanted = F.rms_norm(exact[0], (10,), exact[1] if weighted else None, 1e-6)
-        y = fast.rms_norm(x, [10], weight, 1e-6)
-        assert y.dtype == dtype and y.shape == x.shape
-        with Operators() as operators:
-            gradients = torch.autograd.grad(y, inputs, grad.to(dtype))
-        assert any("layer_norm_backward" in name for name in operators.seen)
-        pairs = zip((y, *gradients),
-                    (wanted, *torch.autograd.grad(wanted, exact, grad.double())), strict=True)
-        for mine, theirs in pairs:
-            assert mine.dtype == dtype
-            assert (mine.double() - theirs).norm() <= bound * theirs.norm()
-    x = rows.double().requires_grad_()
-    assert torch.equal(fast.rms_norm(x, (10,), None, 1e-6), F.rms_norm(x, (10,), None, 1e-6))
-    with pytest.raises(RuntimeError, match="normalized_shape"):
-        fast.rms_norm(rows, (9,), None, 1e-6)
-    x = rows.clone().requires_grad_()  # a second derivative would be wrong: refused
-    y = fast.rms_norm(x, (10,), None, 1e-6)
-    first = torch.autograd.grad(y.square().sum(), x, create_graph=True)[0]
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
-
-
 @pytest.mark.parametrize("bias", [False, True])
 def test_linear(bias):
     """fp32 goes through oneDNN, without gradients only; everything else is torch's."""

@@ -359,6 +359,8 @@ def test_a_small_text_is_repeated(windows, iters, tied, head_lr):
     assert choose(tie_weights=False) == (False, slow) and choose(tie_weights=True) == (True, None)
     assert choose(init_from="gpt2") == (None, slow)  # whose weights say what is tied
     assert choose(resume=True) == (tied, None)
+    wide = choose(n_embd=130)[0], choose(max_iters=1_709)[0]  # 3.5M tokens: width 192
+    assert wide == (windows > 292, windows > 292)
     few = train.choose(train.Config(), windows, 8, 2_047, None)
     assert few.tie_weights is False and few.head_lr == (slow and pytest.approx(slow))
 
