@@ -416,7 +416,7 @@ def add_weights(writer, hf, c, dtype):
     types = gguf.GGMLQuantizationType
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[writer.arch.upper()], c.n_layer)
     for key, weight in hf.state_dict().items():
-        if key == "lm_head.weight" and c.tie_weights:
+        if key == "lm_head.weight" and hf.config.tie_word_embeddings:
             continue
         if writer.arch == "gpt2" and key.endswith(GPT2_TRANSPOSED):
             weight = weight.t()

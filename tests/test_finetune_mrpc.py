@@ -574,6 +574,10 @@ def test_eval_only_and_predict(whole, recipe, home, tmp_path, capsys, fails):
     fails(1, lambda: main(nowhere), "not fine-tuned")
     other = replace(recipe, eval_only=True, model="no/such")  # out_dir/best was scored in its place
     fails(1, lambda: main(other), "cannot load no/such")
+    saved = {"config": {"model": other.model}}  # unless best/ was made from it
+    (tmp_path / "run.json").write_text(json.dumps(saved))
+    best = finetune_mrpc.finetuned_model(replace(other, out_dir=str(tmp_path)))
+    assert best == str(tmp_path / "best")
 
 
 def test_a_model_with_labels_in_another_order(whole, recipe, tmp_path, fails):

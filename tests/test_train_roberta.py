@@ -303,7 +303,7 @@ def test_right_sums_and_wrong_contents_are_one_line(text, tmp_path, fails):
         (checkpoint / name).write_bytes(before)
 
 
-def test_refusals(text, tmp_path, capsys, fails):
+def test_refusals(text, tmp_path, capsys, fails, monkeypatch):
     """An old run is neither mixed with nor lost by accident."""
     out_dir = tmp_path / "run"
     train(text, out_dir, max_iters=3)
@@ -321,7 +321,11 @@ def test_refusals(text, tmp_path, capsys, fails):
             train(**{"text": text, "out_dir": out_dir, "overwrite": True} | wrong)
     after = snapshot(out_dir)
     assert all(before[name][0] == after[name][0] for name in before if before[name])
+    handler, seen = signal.getsignal(signal.SIGINT), []
+    monkeypatch.setattr(train_roberta, "fill_mask",
+                        lambda *args: seen.append(signal.getsignal(signal.SIGINT)))
     train(text, out_dir, max_iters=2, overwrite=True, n_embd=16, vocab_size=300)
+    assert seen == [handler]  # Ctrl-C in the first answer promised a save, and made none
     new = read_json(out_dir / "config.json")
     assert [new["hidden_size"], new["vocab_size"]] == [16, 300]
 
