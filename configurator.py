@@ -57,6 +57,7 @@ def parse(config_class, options, default, place):
     """`default` with `options` applied. Returns (Config, the names that were given)."""
     spelled, names = [], []
     retired = getattr(config_class, "RETIRED", {})
+    hints = typing.get_type_hints(config_class)
     for option, following in zip(options, [*options[1:], "--"], strict=False):
         spelled.append(option)
         if not option.startswith("--"):
@@ -65,7 +66,7 @@ def parse(config_class, options, default, place):
         names.append(name)
         if name in retired:
             usage_error(f"{place}--{name} is now {retired[name]}")
-        switch = typing.get_type_hints(config_class).get(name) in (bool, bool | None)
+        switch = hints.get(name) in (bool, bool | None)
         if switch and "=" not in option and following.startswith("--"):
             spelled.append("True")  # --resume is short for --resume=True
     for group in getattr(config_class, "ALTERNATIVES", ()):
