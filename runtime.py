@@ -258,7 +258,9 @@ class StopSignal:
     def _catch(self, number, frame):
         self.signum = number
         signal.signal(number, signal.SIG_DFL)
-        print0(f"\n{signal.Signals(number).name}: saving after this update; again: stop at once")
+        name = signal.Signals(number).name
+        with contextlib.suppress(RuntimeError):  # it came in the middle of another print
+            print0(f"\n{name}: saving after this update; again: stop at once")
 
     def agree(self, accelerator, *values):
         """Average `values` (floats or 0-d tensors) over the processes and agree on what is next.

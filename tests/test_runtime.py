@@ -412,3 +412,16 @@ def test_fp16_on_a_cpu_warns_and_is_fp32(capsys):
     assert runtime.pick_precision("fp16", "cpu") == "no"
     assert "needs a GPU" in capsys.readouterr().out
     assert runtime.clock_text(7384) == "2:03:04"
+
+
+def test_a_signal_in_the_middle_of_a_print(monkeypatch):
+    """Python refuses a print inside a print: the run ended with a traceback, and saved nothing."""
+    def refuse(*words):
+        raise RuntimeError("reentrant call")
+
+    monkeypatch.setattr(runtime, "print0", refuse)
+    stop = runtime.StopSignal()
+    stop.catch()
+    signal.raise_signal(signal.SIGTERM)
+    stop.release()
+    assert stop.signum == signal.SIGTERM
