@@ -338,8 +338,8 @@ LLAMA3_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,
 PRE_TOKENIZERS = {
     ("ByteLevel",): "gpt-2", (GPT2_WORDS,): "gpt-2", (prepare.WORDS,): "gpt-2",
     (r"\p{L}{128}|[^\p{L}\s]{128}|\s{128}", "ByteLevel"): "gpt-2",  # prepare.py's until 2026-11
-    ("Digits", "ByteLevel"): "smollm", (LLAMA3_WORDS,): "llama-bpe",
-    (LLAMA3_WORDS.replace("{1,3}", ""),): "qwen2",
+    (prepare.MARKED_WORDS,): "qwen35", ("Digits", "ByteLevel"): "smollm",
+    (LLAMA3_WORDS,): "llama-bpe", (LLAMA3_WORDS.replace("{1,3}", ""),): "qwen2",
 }
 
 

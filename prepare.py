@@ -19,6 +19,7 @@ import os
 import re
 import shlex
 import sysconfig
+import unicodedata
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -80,6 +81,11 @@ COUNTS = ("train_tokens", "val_tokens", "train_bytes", "val_bytes")
 # or base64 is one word. tokenizers and tiktoken read this pattern alike.
 WORDS = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}{1,128}| ?\p{N}{1,128}| ?[^\s\p{L}\p{N}]{1,128}"
          r"|\s{1,128}(?!\S)|\s{1,128}")
+# They end at every combining mark, of which Bengali, Hindi or Arabic with its vowels have one in
+# most syllables. Qwen3.5's words, again of 128 characters, keep them.
+MARKED_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]{1,128}|\p{N}"
+                r"| ?[^\s\p{L}\p{M}\p{N}]{1,128}[\r\n]{0,128}|\s{0,128}[\r\n]{1,128}"
+                r"|\s{1,128}(?!\S)|\s{1,128}")
 
 # --- sources: what the user named -> local files -> (split, text, ends a document) -----------
 
@@ -377,26 +383,32 @@ def make_tokenizer(name, pieces, n_bytes=None, vocab_size=None):
         engine.decoder = decoders.Fuse()
         engine.add_special_tokens([END_OF_TEXT])
         return Tokenizer("tokenizer.json", engine, made_here=True)
+    # Every k-th piece, so that about SAMPLE characters are counted; of a stream the first ones.
+    stop = None if n_bytes else SAMPLE // PIECE * 16
+
+    def sample():
+        # Of train: a token for a word that only validates would make its bits per byte too low.
+        texts = (text for split, text, _ in pieces() if split == "train" and text)
+        return itertools.islice(texts, 0, stop, (n_bytes or 0) // SAMPLE + 1)
+
+    seen = "".join(text[:1_000] for text in itertools.islice(sample(), 1_000))
+    marks = sum(unicodedata.category(c)[0] == "M" for c in seen)
+    pattern = MARKED_WORDS if marks > len(seen) / 100 else WORDS
     engine = HFTokenizer(models.BPE())
-    words = pre_tokenizers.Split(Regex(WORDS), "isolated")
+    words = pre_tokenizers.Split(Regex(pattern), "isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     engine.pre_tokenizer = pre_tokenizers.Sequence([words, byte_level])
     engine.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END_OF_TEXT],
                                   initial_alphabet=byte_level.alphabet(), show_progress=False)
     print0(f"training a BPE of {vocab_size:,} tokens ...")
-    # Every k-th piece, so that about SAMPLE characters are counted; of a stream the first ones.
-    stop = None if n_bytes else SAMPLE // PIECE * 16
-    # Of train alone: a token for a word that only validates would make its bits per byte too low.
-    texts = (text for split, text, _ in pieces() if split == "train" and text)
-    sample = itertools.islice(texts, 0, stop, (n_bytes or 0) // SAMPLE + 1)
-    engine.train_from_iterator(sample, trainer)
+    engine.train_from_iterator(sample(), trainer)
     tokenizer = Tokenizer("tokenizer.json", engine, made_here=True)
-    tokenizer.fast = as_tiktoken(engine)
+    tokenizer.fast = as_tiktoken(engine, pattern)
     return tokenizer
 
 
-def as_tiktoken(engine):
+def as_tiktoken(engine, pattern):
     """A tiktoken.Encoding with the merges of a byte-level BPE: the same ids, six times as fast."""
     as_they_are = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2's bytes as letters
     others = [b for b in range(256) if b not in as_they_are]
@@ -404,7 +416,7 @@ def as_tiktoken(engine):
     vocabulary = engine.get_vocab()
     special = {END_OF_TEXT: vocabulary.pop(END_OF_TEXT)}
     ranks = {bytes(byte_of[c] for c in token): i for token, i in vocabulary.items()}
-    return tiktoken.Encoding("bpe", pat_str=WORDS, mergeable_ranks=ranks, special_tokens=special)
+    return tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
 # --- tokens -> files -------------------------------------------------------------------------

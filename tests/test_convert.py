@@ -335,6 +335,8 @@ def engines(tmp_path_factory):
     for kind, steps in splits.items():
         made[kind] = Tokenizer.from_str(made["bpe"].to_str())
         made[kind].pre_tokenizer = pre_tokenizers.Sequence(steps)
+    hindi = [("train", "किताबें पढ़ना मुझे बहुत अच्छा लगता है। " * 50 + text, False)]
+    made["marked"] = prepare.make_tokenizer("bpe", lambda: hindi, 1, 400).engine
     ascii_only = [("train", "".join(map(chr, range(128))), False)]  # no character needs a merge
     made["ascii"] = prepare.make_tokenizer("char", lambda: ascii_only).engine
     return made
@@ -540,7 +542,7 @@ def ggufs(tmp_path_factory, engines):
     root, made = tmp_path_factory.mktemp("gguf"), {}
     for name, kind in (("gpt2", "bpe"), ("bare", "char"), ("llama", "bpe"), ("qwen3", "bpe"),
                        ("llama-grouped", "char"), ("qwen3-untied", "qwen2"), ("llama", "smollm"),
-                       ("llama-grouped", "llama-bpe"), ("gpt2", "ascii")):
+                       ("llama-grouped", "llama-bpe"), ("gpt2", "ascii"), ("qwen3", "marked")):
         engine = engines[kind]
         size = engine.get_vocab_size()
         config = replace(VARIANTS[name], vocab_size=size + 3, block_size=64, n_inner=64,

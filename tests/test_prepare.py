@@ -38,6 +38,7 @@ HARD = (  # what loses bytes in careless code: see test_every_byte_comes_back
     "  don't \t🙂👩‍👩‍👧 e\u0301 \u200b\u3000中文。\x00\x1c\x7f [UNK] <s> ▁Ġ 1234567 ﬁ\r\n"
 )
 WORDS = "Güllər açdı, quşlar oxudu; hər kəs sevindi və yola düşdü. "
+HINDI = "किताबें पढ़ना मुझे बहुत अच्छा लगता है। "  # a combining mark in each word
 
 
 @pytest.fixture
@@ -76,10 +77,11 @@ def small_pieces(monkeypatch):
     monkeypatch.setattr(prepare, "PIECE", 64)
 
 
-@pytest.fixture(scope="module")
-def bpe():
-    """A small BPE, trained as prepare.py trains one."""
-    return prepare.make_tokenizer("bpe", lambda: [("train", HARD + WORDS * 20, False)], 1, 300)
+@pytest.fixture(scope="module", params=[WORDS, HINDI])
+def bpe(request):
+    """A small BPE, trained as prepare.py trains one, with either of its patterns of words."""
+    text = HARD + request.param * 20
+    return prepare.make_tokenizer("bpe", lambda: [("train", text, False)], 1, 300)
 
 
 def tokens(folder, split):
@@ -244,7 +246,27 @@ def test_long_runs_alone_are_cut(text):
     assert max(len(part) for part, _ in words.pre_tokenize_str(text + "x" * 1000)) <= 129
 
 
+def test_marks_stay_in_their_words():
+    """GPT-2's words end at every combining mark: three times the tokens for Hindi. One mark among
+    much else is no reason for other words than GPT-2's."""
+
+    def made_from(*texts):
+        pieces = [(split, text, True) for split, text in zip(["train", "val"], texts, strict=False)]
+        return prepare.make_tokenizer("bpe", lambda: pieces, 1, 400)
+
+    def pattern(tokenizer):
+        saved = json.loads(tokenizer.engine.to_str())
+        return saved["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
+
+    hindi = made_from(HINDI * 20)
+    assert [hindi.decode([i]) for i in hindi.encode(HINDI.strip())] == re.findall(
+        r" ?[^ ।]+|।", HINDI.strip())
+    assert pattern(hindi) == prepare.MARKED_WORDS == pattern(made_from(HINDI + "x" * 500))
+    assert pattern(made_from(HARD + WORDS * 20, HINDI * 20)) == prepare.WORDS
+
+
 @given(adversarial() | st.text(alphabet="ab \n", max_size=200))
+@example(HINDI + "e\u0301\r\n\r\n (किताबें) \u0301")
 @example("it" + "x" * 300 + " is " + "\n" * 200 + "'ll <|endoftext|>")
 @example("\x1c".join("ab" * 60))
 def test_tiktoken_gives_the_ids_of_our_bpe(bpe, text):
