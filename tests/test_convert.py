@@ -310,7 +310,8 @@ def test_a_changed_model_is_refused(fails, monkeypatch):
 
 EXPORTED = ("gpt2", "book", "llama-grouped", "qwen3")
 TEXTS = ["", "Every effort moves", " ə ğ ı İ ö ş ç\r\n\t\ufeff 🙂 I'll", "a<|endoftext|>b", "\x00",
-         "日本語のテキスト、テスト。", "Bakı şəhərində hər gün 1000 nəfər", "  \n\n\t  \n x"]
+         "日本語のテキスト、テスト。", "Bakı şəhərində hər gün 1000 nəfər", "  \n\n\t  \n x",
+         "मुझे (किताबें)\r\n\r\nबहुत e\u0301 ไม่ 12"]
 
 
 @pytest.fixture(scope="module")
