@@ -299,7 +299,7 @@ def test_bpe_sample_is_bounded_and_spread(make, tmp_path, monkeypatch, small_pie
         counted.extend(texts)
 
     monkeypatch.setattr(prepare.HFTokenizer, "train_from_iterator", train)
-    monkeypatch.setattr(prepare, "as_tiktoken", lambda engine: None)  # nothing was trained
+    monkeypatch.setattr(prepare, "as_tiktoken", lambda *_: None)  # nothing was trained
     monkeypatch.setattr(prepare, "SAMPLE", 1000)
     pieces = [("train", f"{i:064}", False) for i in range(1000)]
     prepare.make_tokenizer("bpe", lambda: pieces, 64_000, 300)
