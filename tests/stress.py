@@ -391,9 +391,9 @@ roberta ok: --block_size=3 --block_size=7 --packing --n_embd=33&--n_head=1 --n_e
   --tokenizer=bert --muon_lr=0.02&--local_heads --local_heads&--n_embd=33&--n_head=1
   --dropout=0&--init_std=0 --warmup_iters=9 --save_interval=1
   --fill_mask=a%20%3Cmask%3E%20b%20%3Cmask%3E&--out_dir=out/roberta --eval_interval=1
-roberta-again clear: --max_iters=3 --max_iters=2 --n_layer=2 --seed=1 --source=other.txt --packing
+roberta-again clear: --max_iters=2 --n_layer=2 --seed=1 --source=other.txt --packing
   --max_iters=99999 --batch_size=3 --tokenizer=gpt --optimizer=muon --muon_lr=0.02 --local_heads
-roberta-again ok: --max_iters=5 --max_epochs=4&--max_iters=4
+roberta-again ok: --max_iters=3 --max_iters=5 --max_epochs=4&--max_iters=4
 """
 
 
