@@ -82,7 +82,7 @@ COUNTS = ("train_tokens", "val_tokens", "train_bytes", "val_bytes")
 WORDS = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}{1,128}| ?\p{N}{1,128}| ?[^\s\p{L}\p{N}]{1,128}"
          r"|\s{1,128}(?!\S)|\s{1,128}")
 # They end at every combining mark, of which Bengali, Hindi or Arabic with its vowels have one in
-# most syllables. Qwen3.5's words, again of 128 characters, keep them.
+# most syllables. Qwen3.5's, which llama.cpp knows, keep them; again of 128 characters at most.
 MARKED_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]{1,128}|\p{N}"
                 r"| ?[^\s\p{L}\p{M}\p{N}]{1,128}[\r\n]{0,128}|\s{0,128}[\r\n]{1,128}"
                 r"|\s{1,128}(?!\S)|\s{1,128}")
