@@ -70,7 +70,7 @@ class Config:
     weight_decay: float = 0.1  # of matrices; with muon of the hidden ones
     beta1: float = 0.9  # AdamW
     beta2: float = 0.99  # AdamW
-    momentum: float = 0.8  # Muon
+    momentum: float = 0.9  # Muon
     grad_clip: float = 1.0  # norm the gradient is clipped to; 0: not clipped
     # how often to evaluate, log and save; how many checkpoints to keep
     eval_interval: int | None = None  # iterations; 0: only at the end; None: a quarter of the run

@@ -14,6 +14,7 @@ dropout = 0.0
 batch_size = 32
 max_iters = 220
 learning_rate = 4e-2
+momentum = 0.8
 warmup_iters = 20
 
 eval_interval = 0  # only at the end

@@ -159,7 +159,7 @@ def slow_bf16(monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
 
 
-OURS = dict(lr=0.02, weight_decay=0.1, momentum=0.8, adjust_lr_fn="match_rms_adamw")
+OURS = dict(lr=0.02, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw")
 
 
 def test_muon(slow_bf16):
