@@ -39,6 +39,9 @@ if __name__ == "__main__":
         usage_error("usage: python convert.py RUN FOLDER [--format=hf|gguf] [--dtype=q8_0]")
 
 import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from tokenizers.pre_tokenizers import ByteLevel
 from torch.nn import functional as F
 
 import prepare
@@ -181,8 +184,6 @@ def check_same_tokenizer(name, tokenizer):
 def from_pretrained(name, dropout=0.0):
     """The GPT in a transformers folder, or of that name on the hub: GPT2LMHeadModel,
     LlamaForCausalLM or Qwen3ForCausalLM; fp32, on the CPU, in eval mode. Raises UserError."""
-    import transformers
-
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()  # what it warns of is an error here
     folder = local_folder(name)
@@ -214,9 +215,6 @@ def from_pretrained(name, dropout=0.0):
 
 def transformers_config(c):
     """The inverse of gpt_config. Raises UserError for a mix of fields that no family has."""
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-
     free = {"init", "dropout"}  # what plays no part in the logits
     if c.rope_theta is None:
         kind = "gpt2"
@@ -228,7 +226,7 @@ def transformers_config(c):
     more |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     fields = {theirs: getattr(c, ours) for ours, theirs in FAMILIES[kind].items()}
     try:
-        config = AutoConfig.for_model(kind, **fields, **more)
+        config = transformers.AutoConfig.for_model(kind, **fields, **more)
         back = vars(gpt_config(config))
     except (ValueError, StrictDataclassError) as error:
         raise UserError(f"transformers has no such {kind}: {error}") from error
@@ -246,10 +244,9 @@ def to_transformers(model, folder=None):
     """A GPT as transformers' GPT2LMHeadModel, LlamaForCausalLM or Qwen3ForCausalLM with equal
     logits, saved to `folder` where one is given. Raises UserError for a changed model: one with
     other parameters, or with other logits, than its family."""
-    from transformers import AutoModelForCausalLM
-
     model = fold_embd_norm(model)
-    hf = AutoModelForCausalLM.from_config(transformers_config(model.config)).eval()
+    config = transformers_config(model.config)
+    hf = transformers.AutoModelForCausalLM.from_config(config).eval()
     wanted = hf.state_dict()
     state = {name: torch.zeros_like(v) for name, v in wanted.items() if name.endswith("bias")}
     state |= to_hf_names(model.state_dict(), model.config)
@@ -299,8 +296,8 @@ def model_card(model, saved, meta, library):
         f"parameters | {model.count_parameters():,}",
         f"trained | {saved.get('iter', 0):,} iterations from {start}",
     ]
-    losses = {key: saved.get(key) for key in ("train_loss", "val_loss")}
-    rows += [f"{key} | {loss:.4f}" for key, loss in losses.items() if loss is not None]
+    rows += [f"{key} | {saved[key]:.4f}" for key in ("train_loss", "val_loss")
+             if saved.get(key) is not None]
     table = "".join(f"| {row} |\n" for row in rows)
     return (f"---\nlibrary_name: {library}\npipeline_tag: text-generation\n---\n\n# {name}\n\n"
             f"| | |\n|---|---|\n{table}")
@@ -308,9 +305,7 @@ def model_card(model, saved, meta, library):
 
 def write_transformers(folder, model, tokenizer):
     """Fill `folder` with configuration, weights, tokenizer and generation settings."""
-    from transformers import PreTrainedTokenizerFast, logging
-
-    logging.disable_progress_bar()
+    transformers.logging.disable_progress_bar()
     hf = to_transformers(model)
     for settings in (hf.config, hf.generation_config):
         settings.bos_token_id = settings.eos_token_id = settings.pad_token_id = tokenizer.eot_id
@@ -319,7 +314,7 @@ def write_transformers(folder, model, tokenizer):
     engine = hf_engine(tokenizer)
     engine.post_processor = None  # training adds no special token, whatever the tokenizer would
     special = ("bos_token", "eos_token", "unk_token", "pad_token")
-    PreTrainedTokenizerFast(  # split_special_tokens: in text they are text
+    transformers.PreTrainedTokenizerFast(  # split_special_tokens: in text they are text
         tokenizer_object=engine, model_max_length=model.config.block_size,
         split_special_tokens=True, **dict.fromkeys(special, engine.id_to_token(tokenizer.eot_id)),
     ).save_pretrained(folder)
@@ -370,8 +365,6 @@ def gguf_characters(vocabulary):
     """A character vocabulary as gguf_bpe gives a BPE's: the bytes of each character, and merges
     that join them. A lead byte of UTF-8 stands nowhere else, so the merges cannot interfere.
     llama.cpp drops a character that is not in the vocabulary."""
-    from tokenizers.pre_tokenizers import ByteLevel
-
     split = ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str
     vocabulary = {split(char)[0][0]: i for char, i in vocabulary.items()}
     merges = dict.fromkeys(f"{t[:n]} {t[n]}" for t in vocabulary for n in range(1, len(t)))
@@ -473,7 +466,7 @@ def write_gguf(folder, model, tokenizer, name, dtype):
 def main(cfg):
     """Write a checkpoint, or the one that sample.py would take of a run, into a new folder. It is
     whole or absent. Returns its Path."""
-    check_range(cfg, 0)  # the choices
+    check_range(cfg, 0)  # no range: it checks the choices
     run = Path(cfg.run)
     folder = Path(cfg.folder).resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -493,7 +486,7 @@ def main(cfg):
                 write_gguf(temporary, model, tokenizer, folder.name, cfg.dtype)
             (temporary / "README.md").write_text(card, encoding="utf-8")
             commit_folder(temporary, folder)
-    finally:  # nothing is left of a failure
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
     print0(f"{checkpoint} -> {folder}")
     return folder

@@ -1,7 +1,7 @@
 """Stand-ins with torch's names that only make a CPU faster, and quantized weights for decoding.
 
 model.py imports dropout, Linear and scaled_dot_product_attention from here. Delete this file and
-every program computes the same up to rounding, slower; only sample.py's --quantize is gone.
+every script computes the same up to rounding, slower; only sample.py's --quantize is gone.
 """
 
 import math

@@ -268,9 +268,9 @@ def predict(cfg, accelerator, model, tokenizer, table):
         pairs = encode(cfg, model, tokenizer, table, swap)
         rows = sorted(range(len(pairs)), key=lambda i: len(pairs[i]["input_ids"]))
         batches = cut(rows, cfg.eval_batch_size)
-        for batch in batches[accelerator.process_index :: accelerator.num_processes]:
-            inputs = collate([pairs[i] for i in batch]).to(accelerator.device)
-            with accelerator.autocast():
+        with accelerator.autocast():  # around all: weights are cast once, not for every batch
+            for batch in batches[accelerator.process_index :: accelerator.num_processes]:
+                inputs = collate([pairs[i] for i in batch]).to(accelerator.device)
                 logits[batch] += model(**inputs).logits.float() / len(orders)  # (B, labels)
     model.train()
     logits = accelerator.reduce(logits).cpu()  # a row is 0 in all processes but the one that had it
@@ -380,7 +380,8 @@ def write_json(accelerator, path, content):
 def add_predictions(table, logits, names):
     """`table` with the columns prediction and probability. names: of the columns of `logits`."""
     probability, guess = logits.softmax(-1).max(-1)
-    return table.assign(prediction=[names[i] for i in guess], probability=probability.numpy())
+    guess = [names[i] for i in guess.tolist()]
+    return table.assign(prediction=guess, probability=probability.numpy())
 
 
 def tab_separated(table):
@@ -610,11 +611,10 @@ def train(cfg, accelerator, data, labels, stop, start, begin=None):
             runtime.save_checkpoint(accelerator, checkpoint, write, cfg.keep_checkpoints)
             stop.saved_at = time.monotonic()
         if signum:
-            log.close()
-            stop.exit(signum, out_dir)
+            break
 
     # ---- the best epoch, by F1 on the validation pairs
-    _, signum, _ = stop.agree(accelerator)  # one that came during the last evaluation
+    _, signum, _ = stop.agree(accelerator)  # one may have come during the last evaluation
     if signum:
         log.close()
         stop.exit(signum, out_dir)
@@ -717,8 +717,7 @@ def print_predictions(cfg, accelerator):
         table = read_pairs(cfg.predict[0], cfg.columns.split(",")[:2])
     model, tokenizer = load_model(finetuned_model(cfg), accelerator)
     logits = predict(cfg, accelerator, model, tokenizer, table)
-    names = [model.config.id2label[i] for i in range(len(model.config.id2label))]
-    table = add_predictions(table, logits, names)
+    table = add_predictions(table, logits, model.config.id2label)
     one = f"{table.prediction[0]} {table.probability[0]:.4f}"
     print0(one if len(cfg.predict) == 2 else tab_separated(table))
     return table
@@ -739,14 +738,16 @@ def check_config(cfg):
         "max_length must be 8 or more, or 0": 0 < cfg.max_length < 8,
         "columns must be three names, FIRST,SECOND,LABEL": "" in columns or len({*columns}) != 3,
         "predict takes a file or two texts, in quotation marks and not empty":
-            len(cfg.predict) > 2 or not all(map(str.strip, cfg.predict)),
-        "compare takes two run folders": len(cfg.compare) not in (0, 2),
+            len(cfg.predict) not in (1, 2) or not all(map(str.strip, cfg.predict)),
+        "compare takes two run folders": len(cfg.compare) != 2,
         "seeds must be two or more different numbers, as in 1,2,3": cfg.seeds and not (
             all(word.isdecimal() and len(word) < 19 for word in words)
             and len(set(map(int, words))) == len(words) > 1),
     }
+    # () where it is not said, or said with an unset shell variable behind it
+    unsaid = {"predict", "compare"} - runtime.given_names(cfg)
     for message, is_wrong in wrong.items():
-        if is_wrong:
+        if is_wrong and message.split()[0] not in unsaid:
             raise UserError(f"--{message}, not {getattr(cfg, message.split()[0])!r}", 2)
     return [int(word) for word in words]
 
@@ -778,7 +779,7 @@ def run(cfg, stop):
     if not (several or cfg.overwrite) and any(out_dir.glob("seed-*/checkpoint-*")) and not single:
         raise UserError(f"{out_dir} holds a run with several seeds; continue with --resume, start "
                         "again with --overwrite, or choose another --out_dir")
-    if several and cfg.resume:
+    if several and cfg.resume and not cfg.overwrite:
         with one_line(f"cannot resume {out_dir}", kinds=(OSError, ValueError)):
             folder, saved = None, runtime.read_run(out_dir)
     else:

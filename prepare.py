@@ -591,7 +591,7 @@ def resolve(cfg):
     for holds, message in (
         (re.fullmatch(r"\w[\w.-]{0,99}", dataset) and ".." not in dataset,
          f"--dataset {dataset!r} must be one plain folder name, such as mine"),
-        (sources[0] not in (None, "hf:"),  # an unset shell variable: the current folder
+        (not re.match("hf:(:|$)", sources[0] or "hf:"),  # an unset variable: the current folder
          f"--dataset {dataset} is no preset ({', '.join(PRESETS)}); give your text too:"
          " --source PATH"),
         (len(sources) == 1 or not any(source.startswith("hf:") for source in sources),

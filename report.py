@@ -84,7 +84,7 @@ def show_info(info):
     """{name: text} of a run.json, its nested parts and what is empty left out."""
     facts = {}
     for name, value in info.items():
-        if isinstance(value, float):  # log.csv holds no other numbers
+        if isinstance(value, float):  # so are the iterations of log.csv
             facts[name] = f"{value:,.{3 if value < 100 and value % 1 else 0}f}"
         elif value and not isinstance(value, dict):
             facts[name] = value
@@ -106,7 +106,7 @@ def open_run(folder=None, checkpoint="auto"):
     meta = prepare.read_meta(place)
     facts = show_info(info) | {"data": meta["source"], **info.get("machine", {}),
                                "parameters": f"{model.count_parameters():,}"}
-    if "val_loss" in info and "train_loss" in info:
+    if None not in (info.get("val_loss"), info.get("train_loss")):
         facts["at the end"] = train.describe_losses(info, meta)
     return {"name": folder.as_posix(), "folder": folder, "log": log, "info": info, "facts": facts,
             "samples": train.read_samples(folder / "samples.md"), "model": model,

@@ -1,6 +1,6 @@
 """What the training scripts share: errors, device, seeds, signals, run folder, checkpoints, log.
 
-Nothing in here knows about models or text.
+Nothing in here looks into models or text.
 """
 
 import contextlib
@@ -100,7 +100,8 @@ def check_range(cfg, low, *names, high=math.inf):
 
 def first_line(error):
     """The first line of an exception's text, its type where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    text = getattr(error, "strerror", None) or str(error).strip()
+    return (text.splitlines() or [type(error).__name__])[0]
 
 
 @contextlib.contextmanager
@@ -112,8 +113,7 @@ def one_line(what, remedy="", kinds=Exception):
     except UserError:
         raise
     except kinds as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise UserError(f"{what}: {reason[:300]}{remedy and '; ' + remedy}") from error
+        raise UserError(f"{what}: {first_line(error)[:300]}{remedy and '; ' + remedy}") from error
 
 
 # ---------------------------------------------------------------------------------------------
@@ -306,7 +306,7 @@ def lock_folder(folder):
         raise UserError(f"another run is writing into {folder}; wait for it or choose another "
                         "folder") from None
     except OSError as error:
-        raise UserError(f"cannot write into {folder}: {error.strerror or error}; choose another "
+        raise UserError(f"cannot write into {folder}: {first_line(error)}; choose another "
                         "folder") from error
     return lock
 
@@ -337,7 +337,7 @@ def disk_errors(folder, unfinished=".tmp-*"):
     try:
         yield
     except Exception as error:  # tokenizers raises plain Exceptions, torch.save RuntimeErrors
-        reason = getattr(error, "strerror", None) or first_line(error)
+        reason = first_line(error)
         by_torch = "inline_container" in reason or "iostream" in reason
         if not (isinstance(error, OSError) or by_torch or re.search(r"\(os error \d+\)", reason)
                 or type(error).__name__ == "SafetensorError"):
@@ -360,23 +360,21 @@ def write_text(path, text):
 
 def checkpoints(out_dir):
     """The checkpoint-* folders of a run, newest first."""
-    found = [p for p in Path(out_dir).glob("checkpoint-*") if p.name[11:].isdigit()]
+    found = [p for p in Path(out_dir).glob("checkpoint-*") if p.name[11:].isdecimal()]
     return sorted(found, key=lambda p: int(p.name[11:]), reverse=True)
 
 
 def read_run(folder):
     """The settings and figures saved with a checkpoint or run, as a dict. Older runs have them in
     config.json. Raises OSError or ValueError where they cannot be read."""
-    folder = Path(folder)
-    name = "run.json" if (folder / "run.json").exists() else "config.json"
-    if not (folder / name).is_file():
-        raise ValueError(f"{folder / name} is no file")
-    saved = json.loads((folder / name).read_text(encoding="utf-8"))
+    path = Path(folder, "run.json")
+    path = path if path.exists() else path.with_name("config.json")
+    saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     if not isinstance(saved, dict):
-        raise ValueError(f"{folder / name} is no settings file")
+        raise ValueError(f"{path} is no settings file")
     for name in saved.keys() & RUN_TYPES.keys():
         if not isinstance(saved[name], RUN_TYPES[name]):
-            raise ValueError(f"{name} is {saved[name]!r} in its run.json")
+            raise ValueError(f"{name} is {saved[name]!r} in its {path.name}")
     return saved
 
 
@@ -386,7 +384,6 @@ def find_run(out_dir, resume, overwrite):
     Names each damaged checkpoint that it passes over. Raises UserError where the folder holds a
     run and neither `resume` nor `overwrite` is given, or nothing can be resumed. Deletes nothing.
     """
-    out_dir = Path(out_dir)
     found = checkpoints(out_dir)
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other; choose one", 2)
@@ -404,13 +401,12 @@ def find_run(out_dir, resume, overwrite):
     if not resume:
         return None, {}
     for folder in found:
-        wrong = verify_checksums(folder)
         try:
-            saved = {} if wrong else read_run(folder)
+            wrong = verify_checksums(folder)
+            if not wrong:
+                return folder, read_run(folder)
         except (OSError, ValueError) as error:
             wrong = first_line(error)
-        if not wrong:
-            return folder, saved
         print0(f"warning: {folder} is skipped: {wrong}")
     what = "no intact checkpoint" if found else "no checkpoint"
     raise UserError(f"--resume: {out_dir} holds {what}; start again with --overwrite")
@@ -418,10 +414,8 @@ def find_run(out_dir, resume, overwrite):
 
 def given_names(cfg):
     """The fields of a Config that were set: what load() saw, or what differs from the defaults."""
-    given = getattr(cfg, "given", None)
-    if given is None:
-        given = {f.name for f in dataclasses.fields(cfg) if getattr(cfg, f.name) != f.default}
-    return set(given)
+    differs = {f.name for f in dataclasses.fields(cfg) if getattr(cfg, f.name) != f.default}
+    return set(getattr(cfg, "given", differs))
 
 
 def resume_settings(cfg, settings):
@@ -463,7 +457,6 @@ def check_same(folder, saved, wanted):
 def clear_run(out_dir, *names):
     """Delete the run in out_dir: its checkpoints, RUN_FILES and `names`. Call it last, when the new
     run is about to make its first update."""
-    out_dir = Path(out_dir)
     for path in [*checkpoints(out_dir), *(out_dir / name for name in (*RUN_FILES, *names))]:
         remove(path)
 
@@ -485,7 +478,6 @@ def save_checkpoint(accelerator, folder, write, keep=None):
 
     folder: its final name. keep: how many of the newest checkpoint-* to keep (None: all).
     """
-    folder = Path(folder)
     temporary = folder.with_name(f".tmp-{folder.name}")
     with disk_errors(folder.parent):
         if accelerator.is_main_process:
@@ -526,7 +518,7 @@ def load_checkpoint(accelerator, folder, optimizers):
     those of this run. Only tensors are unpickled (weights_only): a stranger's file runs no code."""
     mine = [[{k: v for k, v in group.items() if k != "params"} for group in o.param_groups]
             for o in optimizers]
-    with one_line(f"{folder} cannot be loaded", "start a new --out_dir"):  # right checksums only
+    with one_line(f"{folder} cannot be loaded", "start a new --out_dir"):  # sums alone prove little
         accelerator.load_state(str(folder))
     for optimizer, groups in zip(optimizers, mine, strict=True):
         for group, settings in zip(optimizer.param_groups, groups, strict=True):
@@ -539,7 +531,6 @@ def commit_folder(temporary, final):
     Writes SHA256SUMS (the format of sha256sum(1)) over all files of `temporary`. `final` is
     replaced if it exists. After a crash at any point `final` is the old one, the new one or absent.
     """
-    temporary, final = Path(temporary), Path(final)
     files = sorted(p for p in temporary.rglob("*") if p.is_file())
     sums = "".join(f"{sha256(p)}  {p.relative_to(temporary).as_posix()}\n" for p in files)
     (temporary / "SHA256SUMS").write_text(sums, encoding="utf-8")

@@ -160,10 +160,11 @@ def train(cfg, out_dir, stop, checkpoint, saved):
     if it > cfg.max_iters:
         raise UserError(f"{checkpoint} has done {it} iterations, more than the {cfg.max_iters} "
                         "asked for, which count from the first; give a larger --max_iters, or "
-                        "start again with --overwrite")
+                        "start again with --overwrite", 2)
     if cfg.dry_run:
         announce(cfg, accelerator, model, data, rows)
-        return dry_run(cfg, model, *measure(cfg))
+        found = measure_run(model, data, cfg, accelerator, rows, began)
+        return dry_run(cfg, model, *found)
     model.to(device).train()
     optimizers = make_optimizers(model, cfg, device)
     model, *optimizers = accelerator.prepare(model, *optimizers)
@@ -186,7 +187,6 @@ def train(cfg, out_dir, stop, checkpoint, saved):
                f"{lr_at(it, cfg):.2e} on the schedule of that length")
 
     # -- the run folder: from here on the old run is gone --------------------------------------
-    start = it
     losses = {name: saved[name] for name in ("train_loss", "val_loss") if name in saved}
     best = saved.get("best_val_loss") or math.inf
     best_iter = saved.get("best_iter", 0)
@@ -196,7 +196,6 @@ def train(cfg, out_dir, stop, checkpoint, saved):
             "command": saved.get("command") or " ".join(sys.argv), "commit": commit(),
             "machine": runtime.describe_machine(accelerator),
             "started": saved.get("started") or time.strftime("%Y-%m-%d %H:%M")}
-    earlier_seconds = saved.get("seconds", 0.0)
     stop.catch()
     if accelerator.is_main_process:
         with disk_errors(out_dir):
@@ -212,11 +211,10 @@ def train(cfg, out_dir, stop, checkpoint, saved):
     tokens_since = 0
     updates_before = 0.0
     signum, late = 0, False
+    fresh = not checkpoint  # which was already evaluated, logged and saved
 
     while True:
         last = it == cfg.max_iters
-        # A resumed run starts where its checkpoint was already evaluated, logged and saved.
-        fresh = it > start or not checkpoint
 
         # -- once in a while: evaluate, sample, log, save --------------------------------------
         due = cfg.eval_interval and it % cfg.eval_interval == 0
@@ -232,7 +230,7 @@ def train(cfg, out_dir, stop, checkpoint, saved):
         if fresh and ("val_loss" in row or it and it % cfg.log_interval == 0):
             log.write(row)
             accelerator.log(row, step=it)  # to the trackers
-        improved = fresh and it and row.get("val_loss", math.inf) < best
+        improved = it and row.get("val_loss", math.inf) < best
         if improved:
             best = row["val_loss"]
             best_iter = it
@@ -240,7 +238,7 @@ def train(cfg, out_dir, stop, checkpoint, saved):
             log.print(f"val loss has risen since iteration {best_iter} ({best:.3f}, kept in best/)")
         info |= {"iter": it, "skipped": bad_updates.skipped, "best_iter": best_iter,
                  "best_val_loss": best if best < math.inf else None,
-                 "seconds": earlier_seconds + time.perf_counter() - log.began, **losses}
+                 "seconds": saved.get("seconds", 0.0) + time.perf_counter() - log.began, **losses}
 
         def write(folder):
             """best/ holds what sample.py needs, a checkpoint what --resume needs besides."""
@@ -280,6 +278,7 @@ def train(cfg, out_dir, stop, checkpoint, saved):
             loss, norm = update(model, optimizers, micro_batches, cfg, accelerator)
             (loss,), signum, late = stop.agree(accelerator, loss)
         it += 1
+        fresh = True
 
         # -- log -------------------------------------------------------------------------------
         if bad_updates.count(math.isfinite(norm), it):
@@ -311,13 +310,12 @@ def main(cfg, script="train.py"):
     """Hold the run folder and the signals for as long as the run lasts; see train().
 
     Returns {"model", "tokenizer", "history"}: the trained GPT in eval mode, its prepare.Tokenizer
-    and the rows of log.csv. Raises UserError.
+    and the rows of log.csv; None after a dry run. Raises UserError.
     """
     check_config(cfg)
     out_dir = Path(cfg.out_dir or f"out/{cfg.dataset}")
     if cfg.dry_run:
-        found = runtime.find_run(out_dir, True, False) if cfg.resume else (None, {})
-        return train(cfg, out_dir, None, *found)
+        return train(cfg, out_dir, None, *runtime.find_run(out_dir, cfg.resume, not cfg.resume))
     with runtime.hold_run(script, out_dir) as stop:
         return train(cfg, out_dir, stop, *runtime.find_run(out_dir, cfg.resume, cfg.overwrite))
 
@@ -420,7 +418,7 @@ def choose(cfg, train_windows, rows, vocab_size, measure):
     """cfg with its length settled, from max_epochs or minutes where one is given, and what is None
     of shape, dropout, tie_weights, head_lr, warmup_iters and eval_interval chosen to suit it.
 
-    measure: measure_run for a cfg.
+    measure: what measure_run returns, as a function of cfg.
     """
     epoch = train_windows / rows
     most = math.ceil(min(2 * MAX_EPOCHS * epoch, max(MAX_EPOCHS * epoch, MIN_ITERS)))
@@ -493,12 +491,11 @@ def lr_at(iteration, cfg):
 def make_optimizers(model, cfg, device):
     """AdamW, weight decay on matrices only; with muon two optimizers (Jordan et al. 2024)."""
     muon = cfg.optimizer == "muon"
-    blocks = {id(p) for p in model.transformer.h.parameters() if p.dim() >= 2}
-    hidden = []
+    hidden = [p for p in model.transformer.h.parameters() if p.dim() >= 2] if muon else []
+    taken = {id(p) for p in hidden}
     groups = {}  # (is a matrix, factor of the learning rate): parameters
     for name, p in model.named_parameters():
-        if muon and id(p) in blocks:
-            hidden.append(p)
+        if id(p) in taken:
             continue
         scale, own = 1.0, None
         if name.startswith("transformer.w"):
@@ -664,7 +661,7 @@ def check_config(cfg):
             raise UserError(f"{' and '.join(said)} set the same thing; give only one", 2)
     if not cfg.learning_rate and (cfg.embedding_lr or cfg.head_lr):
         raise UserError("--embedding_lr and --head_lr need a --learning_rate above 0", 2)
-    if ".." in Path(cfg.dataset).parts or len(cfg.dataset.encode()) > 200:
+    if ".." in Path(cfg.dataset).parts or len(cfg.dataset.encode(errors="replace")) > 200:
         raise UserError(f"--dataset {cfg.dataset[:80]} must be a short name without '..'", 2)
 
 

@@ -8,7 +8,7 @@
     torchrun --nproc_per_node 2 train_roberta.py ...      # GPUs or CPUs; batch x 2
 
 out_dir ends as a transformers folder (AutoTokenizer and AutoModelForMaskedLM load it), beside
-checkpoint-* folders, run.json, log.csv and loss.png. Read it from train() down, then its helpers.
+checkpoint-* folders, run.json, log.csv and loss.png. Read train(), near the end, first.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -46,19 +46,19 @@ class Config:
     muon_lr: float | None = None  # that of Muon, for hidden matrices; None: AdamW for all
     warmup_iters: int = 0  # iterations of linear warm-up from zero
     weight_decay: float = 0.0  # of matrices; with muon_lr of the hidden ones
-    grad_clip: float = 1.0  # norm the gradient is clipped to
+    grad_clip: float = 1.0  # norm the gradient is clipped to; 0: not clipped
     mixed_precision: Literal["auto", "fp16", "bf16", "no"] = "auto"  # auto: bf16 where it is fast
     # run: how often to log, evaluate and save; how many checkpoints to keep
     out_dir: str = "out/kantaibert"
-    data_dir: str = "data"  # downloads go into its folder kant, or roberta for another URL
+    data_dir: str = "data"  # downloads go into its folder kant (a preset's name) or roberta
     seed: int = 1337  # of the weights, the order, the masks and dropout
     resume: bool = False  # continue from the newest intact checkpoint in out_dir
     overwrite: bool = False  # start again in an out_dir that holds a run
     log_interval: int = 10  # iterations between rows of log.csv
     eval_interval: int = 500  # iterations between evaluations; 0: only at the end
-    save_interval: int = 10_000  # iterations; besides: every 15 minutes and at the end
+    save_interval: int = 10_000  # iterations, 0: none; besides: every 15 minutes and at the end
     keep_checkpoints: int = 2  # newest ones kept
-    fill_mask: str = ""  # text with <mask>: only fill it in, with the finished run in out_dir
+    fill_mask: str = ""  # text with <mask>: only fill it in, with the run in out_dir
     RETIRED: ClassVar = {"optimizer": "--muon_lr",
                          "max_steps": "--max_iters", "warmup_steps": "--warmup_iters",
                          "log_steps": "--log_interval", "eval_steps": "--eval_interval",
@@ -362,7 +362,7 @@ def compute_metrics(prediction):
 
 
 def training_arguments(cfg, accelerator, iterations, evaluates):
-    """What the Trainer needs no code for."""
+    """The Trainer's own settings."""
     device = accelerator.device.type
     args = transformers.TrainingArguments(
         output_dir=cfg.out_dir, seed=cfg.seed, report_to="none",
@@ -440,8 +440,7 @@ class RunCallback(transformers.TrainerCallback):
         last = state.global_step == self.last
         self.signum *= not last  # the run ends anyway
         control.should_training_stop |= last or self.signum > 0
-        at_end = last and args.eval_strategy != "no"
-        control.should_evaluate |= at_end
+        control.should_evaluate |= last and args.eval_strategy != "no"
         control.should_save |= control.should_training_stop or late
         # A row at each checkpoint: a resumed run's next mean loss starts there as well.
         control.should_log |= control.should_save or control.should_evaluate
@@ -538,10 +537,10 @@ def check(cfg):
     check_range(cfg, 1, "n_layer", "n_head", "n_embd", "batch_size", "log_interval")
     check_range(cfg, 1, "gradient_accumulation_steps", "keep_checkpoints")
     check_range(cfg, 0, "max_iters", "warmup_iters", "eval_interval", "save_interval")
-    check_range(cfg, 0, "weight_decay", "learning_rate", "muon_lr", "init_std")
+    check_range(cfg, 0, "weight_decay", "learning_rate", "muon_lr", "init_std", "grad_clip")
     check_range(cfg, 0, "dropout", "val_fraction", high=0.99)
     check_range(cfg, 0.01, "mlm_probability", high=0.99)
-    check_range(cfg, 1e-9, "max_epochs", "grad_clip")
+    check_range(cfg, 1e-9, "max_epochs")
     check_range(cfg, 0, "seed", high=2**32 - 1)  # numpy's limit
     check_range(cfg, 3, "block_size")  # <s>, a token, </s>
     check_range(cfg, 261, "vocab_size")  # 256 bytes and 5 special tokens
@@ -649,11 +648,9 @@ def train(cfg, accelerator, lines, stop, start, saved):
            f"train on, {len(val_set or ()):,} held out; {last:,} iterations of {per_iteration}")
 
     # ---- the Trainer
-    rates = [cfg.learning_rate] * 2
-    optimizer = None
-    if cfg.muon_lr is not None:
-        rates[0] = cfg.muon_lr
-        optimizer = MuonAdamW(model, *rates, cfg.weight_decay)
+    muon = cfg.muon_lr is not None
+    rates = [cfg.muon_lr if muon else cfg.learning_rate, cfg.learning_rate]
+    optimizer = MuonAdamW(model, *rates, cfg.weight_decay) if muon else None
 
     def begin():
         """All is loaded: from here on the old run is gone."""
@@ -702,12 +699,12 @@ def main(cfg):
     transformers.logging.set_verbosity_error()  # what it warns of is said here in a line
     if "fill_mask" in runtime.given_names(cfg):
         out_dir = Path(cfg.out_dir)
-        found = [out_dir] if (out_dir / "model.safetensors").exists() else []
-        found += [p for p in runtime.checkpoints(out_dir) if not runtime.verify_checksums(p)]
-        if not found:
+        whole = (p for p in runtime.checkpoints(out_dir) if not runtime.verify_checksums(p))
+        folder = out_dir if (out_dir / "model.safetensors").exists() else next(whole, None)
+        if not folder:
             raise UserError(f"--fill_mask: {out_dir} holds no run; train, or say which --out_dir")
-        print0(f"asking {found[0]}")
-        return fill_mask(cfg.fill_mask, found[0])
+        print0(f"asking {folder}")
+        return fill_mask(cfg.fill_mask, folder)
     with runtime.hold_run("train_roberta.py", cfg.out_dir) as stop:
         cfg, start, saved = find_start(cfg)
         accelerator = runtime.make_accelerator(cfg.mixed_precision)

@@ -16,7 +16,7 @@ import prepare
 from runtime import read_log
 
 ROOT = Path(__file__).parent.parent
-FIGURES = {name: name + r" ([\d.]+)" for name in ("train loss", "val loss")}  # of a whole command
+FIGURES = {name: rf"(?<!best ){name} ([\d.]+)" for name in ("train loss", "val loss")}
 FIGURES |= {name: r"([\d.,]+) ?" + name for name in ("bits per byte", "tokens/s", "M parameters")}
 
 

@@ -42,16 +42,11 @@ def serve(pipe, function, args):
     while pipe.recv():
         began = time.perf_counter()
         done = next(turns)
-        synchronize()
+        torch = sys.modules.get("torch")
+        if torch and torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # until then it has only been told what to do
         seconds = time.perf_counter() - began
         pipe.send(done if isinstance(done, dict) else {"rate": done / seconds})
-
-
-def synchronize():
-    """Wait until a GPU has done what it was told."""
-    torch = sys.modules.get("torch")
-    if torch and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
 
 
 def take_turns(sides, rounds):

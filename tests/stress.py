@@ -331,7 +331,7 @@ report ok: --tokens=1 --tokens=2 --tokens=1000000 --start=%F0%9F%98%80 --out=
 prepare clear: --dataset={"x" * 300} --dataset=a/b --dataset=.. --dataset= --dataset=.hidden
   --dataset=a%0Ab --source=nope.txt --source=none* --source= --source=/dev --source=data
   --source=/dev/null --source=gpt/model.safetensors --source=hf:no/pe --source=hf:
-  --source&hf:no/pe&text.txt --source=ftp://user:p@host/x --source=file:///etc/passwd
+  --source=hf::en --source&hf:no/pe&text.txt --source=ftp://user:p@host/x --source=file:///etc/passwd
   --source=http:// --source=https:/x --source=http://127.0.0.1:1/x --source=http://[::1/x
   --source=http://a%20b/c --tokenizer=nope --tokenizer=data --tokenizer=bert/config.json
   --tokenizer=text.txt --tokenizer=bpe&--vocab_size=1 --tokenizer=bpe&--vocab_size=1000000000
@@ -352,8 +352,8 @@ convert ok: out/run&new out/run/best&new out/run/checkpoint-000005&new out/run&n
 convert either: out/run&new&--format=gguf out/run&new&--format=gguf&--dtype=q8_0
 mrpc clear: --max_epochs=0 --max_epochs=1.5 --batch_size=0 --batch_size=84 --batch_size=1000000
   --learning_rate=nan --learning_rate=-1 --seeds=1 --seeds=1,1 --seeds=x --seeds=1,-2 --seeds=1,,2
-  --seeds=1,{BIG} --columns=a,b --columns=a,a,b --columns=a,b,c --columns= --predict&a&b&c
-  --predict&%20&%20 --predict&nope --predict&out --compare&out/mrpc --compare&nope&nope
+  --seeds=1,{BIG} --columns=a,b --columns=a,a,b --columns=a,b,c --columns= --predict&a&b&c --predict
+  --predict&%20&%20 --predict&nope --predict&out --compare --compare&out/mrpc --compare&nope&nope
   --compare&out/run&out/mrpc --max_length=3 --max_length=-1 --max_length=1000000 --model=nope
   --train_file=nope --train_file=data --train_file=text.txt --train_file=gpt/model.safetensors
   --validation_file=nope --model=no/pe --model=data --model=out/run --model=text.txt --epochs=3
@@ -376,7 +376,7 @@ roberta clear: --n_head=3 --n_head=0 --n_embd=0 --n_layer=0 --block_size=2 --blo
   --max_position_embeddings=5 --vocab_size=1 --batch_size=0 --max_epochs=0 --max_epochs=nan
   --max_epochs=inf --max_iters=-1 --max_iters=1000000 --learning_rate=nan --dropout=1
   --mlm_probability=0 --mlm_probability=1 --val_fraction=1 --seed=-1 --seed={BIG} --init_std=nan
-  --grad_clip=0 --source=nope.txt --source= --source=gpt/model.safetensors --tokenizer=nope
+  --grad_clip=-1 --source=nope.txt --source= --source=gpt/model.safetensors --tokenizer=nope
   --tokenizer=data --tokenizer=gpt --tokenizer=data/bpe/tokenizer.json --out_dir=out/roberta
   --out_dir=bert --out_dir=bert&--overwrite --out_dir=text.txt --max_steps=1 --typo=1 --resume
   --fill_mask=nothing --fill_mask=%3Cmask%3E --optimizer=sgd --out_dir=out/run --log_interval=0
@@ -389,7 +389,7 @@ roberta clear: --n_head=3 --n_head=0 --n_embd=0 --n_layer=0 --block_size=2 --blo
 roberta ok: --block_size=3 --block_size=7 --packing --n_embd=33&--n_head=1 --n_embd=50 --max_iters=1
   --val_fraction=0 --batch_size=7&--gradient_accumulation_steps=3 --mlm_probability=0.99
   --tokenizer=bert --muon_lr=0.02&--local_heads --local_heads&--n_embd=33&--n_head=1
-  --dropout=0&--init_std=0 --warmup_iters=9 --save_interval=1
+  --dropout=0&--init_std=0 --warmup_iters=9 --save_interval=1 --grad_clip=0
   --fill_mask=a%20%3Cmask%3E%20b%20%3Cmask%3E&--out_dir=out/roberta --eval_interval=1
 roberta-again clear: --max_iters=2 --n_layer=2 --seed=1 --source=other.txt --packing
   --max_iters=99999 --batch_size=3 --tokenizer=gpt --optimizer=muon --muon_lr=0.02 --local_heads
@@ -489,9 +489,9 @@ TOKENIZERS = ["", "{}", "[]", "null", b"\xff", '{"version": "9"}', None,
               '{"model": {"type": "WordLevel", "vocab": {}, "unk_token": ""}}']
 RUNS = ["", "{", "[]", "{}", "null", b"\xff", None, *(
     {name: value} for name, values in {
-        "model": (None, [], {}, {"n_layer": "x"}, {"n_layer": -1}, {"oops": 1}, {"n_embd": 32}),
+        "model": (None, [], {}, {"n_layer": "x"}, {"n_layer": 1.5}, {"oops": 1}, {"n_embd": 32}),
         "train": (None, {}, [], {"learning_rate": "x"}, {"dataset": 7}), "iter": (None, "x", -3),
-        "val_loss": ("low", [1]), "best_val_loss": ("x",), "resumed": (7,), "seconds": ("x",),
+        "val_loss": (None, [1]), "best_val_loss": ("x",), "resumed": (7,), "seconds": ("x",),
         "skipped": ("x",), "machine": (3,), "started": ([1],), "config": (3, {"seed": "x"}),
         "state": ({}, {"iteration": "x"}), "same": (3,), "n_layer": ("x",)}.items()
     for value in values)]

@@ -166,7 +166,7 @@ def test_muon(slow_bf16):
     """torch.optim.Muon up to bf16's rounding; and a run may go from one to the other."""
     mine, theirs = fast.Muon(parameters(), **OURS), torch.optim.Muon(parameters(), **OURS)
     a, b = updates(mine), updates(theirs)
-    assert 0 < (a - b).norm() < 0.02 * b.norm()
+    assert 0 < (a - b).norm() < 0.03 * b.norm()
     assert str(mine.state_dict()["param_groups"]) == str(theirs.state_dict()["param_groups"])
     for state, other in zip(mine.state.values(), theirs.state.values(), strict=True):
         assert state.keys() == other.keys() == {"momentum_buffer"}

@@ -24,6 +24,7 @@ from tokenizers.processors import RobertaProcessing
 
 import finetune_mrpc
 import runtime
+from configurator import load
 from finetune_mrpc import METRICS, Config, epoch_batches, main, read_pairs
 
 SCRIPT = Path(finetune_mrpc.__file__)
@@ -561,6 +562,9 @@ def test_eval_only_and_predict(whole, recipe, home, tmp_path, capsys, fails):
     table = [line.split("\t") for line in capsys.readouterr().out.splitlines()[-3:]]
     assert table[0] == ["sentence1", "sentence2", "prediction", "probability"]
     assert table[1][:2] == ["a firm", "Yes: a firm"]
+    for name in ("predict", "compare"):  # an unset shell variable: it began to train
+        empty = load(Config, [f"--{name}", f"--out_dir={tmp_path}"])
+        fails(2, lambda cfg=empty: main(cfg), f"--{name}", "()")
     main(replace(recipe, predict=("a firm", "Yes: a firm")))
     word, probability = capsys.readouterr().out.splitlines()[-1].split()
     assert word == table[1][2] and word in ("not_equivalent", "equivalent")
@@ -657,6 +661,7 @@ def test_seeds(recipe, tmp_path, capsys, fails, monkeypatch):
     (tmp_path / "results.json").unlink()
     again = resume(tmp_path)
     assert again["loss"] == pytest.approx(found["loss"], abs=1e-6)
+    fails(2, lambda: resume(tmp_path, overwrite=True), "exclude each other")
     one = resume(tmp_path / "seed-1", max_iters=4)  # a run of its own, without the other seeds
     assert one["seed"] == 1 and not (tmp_path / "seed-1" / "seed-1").exists()
     assert again["last.f1"] == pytest.approx((runs[0]["last"]["f1"] + runs[1]["last"]["f1"]) / 2)

@@ -703,6 +703,7 @@ BAD = {  # name: (options, exit code, words of the line)
     "not UTF-8, bpe": ({"source": "latin1.txt", "tokenizer": "bpe"}, 1, ["unpack", "iconv"]),
     "not UTF-8, document": ({"source": "*.txt"}, 1, ["latin1.txt is not UTF-8"]),
     "hub and no name": ({"source": "hf:"}, 2, ["give your text too"]),
+    "hub and a part of no name": ({"source": "hf::en"}, 2, ["give your text too"]),
     "hub and more": ({"source": ("hf:a", "text.txt")}, 2, ["stands alone"]),
     "vocabulary too large": (
         {"tokenizer": "bpe", "vocab_size": 50_000}, 1, ["50000", "leave it out", "more text"]),

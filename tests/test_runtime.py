@@ -194,6 +194,7 @@ def test_damaged_checkpoints_are_passed_over(tmp_path, capsys):
     """Would catch a resume from half a file, and 9 that counts as newer than 11."""
     make_run(tmp_path, 9, 11, 3)
     (tmp_path / "checkpoint-000011" / "weights").write_bytes(bytes(10))
+    (tmp_path / "checkpoint-²").mkdir()  # a digit, but no number
     assert [p.name[-2:] for p in runtime.checkpoints(tmp_path)] == ["11", "09", "03"]
     assert runtime.find_run(tmp_path, True, False) == (tmp_path / "checkpoint-000009", {"iter": 9})
     assert "checkpoint-000011 is skipped: weights is damaged" in capsys.readouterr().out

@@ -431,7 +431,7 @@ def test_odd_texts_train(data, packing, tmp_path):
     (b"reason", {"n_head": 3}, 2, "no multiple of --n_head 3"),
     (b"reason", {"mlm_probability": 0.0}, 2, "--mlm_probability"),
     (b"reason", {"block_size": 600}, 2, "--max_position_embeddings 602"),
-    (b"reason", {"seed": 2**64}, 2, "--seed"),
+    (b"reason", {"seed": 2**64}, 2, "--seed"), (b"reason", {"grad_clip": -1.0}, 2, "--grad_clip"),
     (b"reason", {"max_iters": 9}, 2, "--max_epochs 54"),
     (b"reason", {"resume": True}, 1, "holds no checkpoint"),
     (b"reason", {"fill_mask": "a <mask>"}, 1, "holds no run")])
