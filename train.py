@@ -401,7 +401,7 @@ def read_windows(tokens, windows, block_size, vocab_size, device):
 # Measured, see docs/LOG.md. A narrow model sees more tokens in the same time: it wins as long as
 # they are few, and memorizes a small text later. Tokens of a run up to which a width holds; the
 # first has 3 layers for the same reason, 4 where the text is repeated:
-WIDTHS = ((3.5e6, 128), (15e6, 192), (math.inf, 256))
+WIDTHS = ((3.5e6, 128), (25e6, 192), (math.inf, 256))
 # A text that is repeated needs dropout and a slow untied head, which memorizes first; one that is
 # not loses by both. Epochs up to which a line holds, dropout, the head's part of learning_rate:
 REPEATS = ((2, 0.0, 1.0), (5, 0.1, 0.3), (math.inf, 0.2, 0.3))
