@@ -614,7 +614,7 @@ def train(cfg, accelerator, data, labels, stop, start, begin=None):
             break
 
     # ---- the best epoch, by F1 on the validation pairs
-    _, signum, _ = stop.agree(accelerator)  # one may have come during the last evaluation
+    _, signum, _ = stop.agree(accelerator)  # which ended the loop, or came later
     if signum:
         log.close()
         stop.exit(signum, out_dir)

@@ -49,9 +49,11 @@ class GPTConfig:
     norm_eps: float = 1e-5  # of every norm
 
     def __post_init__(self):
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1 or getattr(self, name) % 1:
-                raise ValueError(f"{name} must be a number from 1 on, not {getattr(self, name)}")
+        chosen = ("n_kv_head", "head_dim", "n_inner")  # below, where it is None
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", *chosen):
+            value = getattr(self, name)
+            if not (isinstance(value, int) and value > 0 or value is None and name in chosen):
+                raise ValueError(f"{name} must be a whole number above 0, not {value}")
         if self.n_kv_head is None:
             self.n_kv_head = self.n_head
         if self.head_dim is None:
@@ -61,10 +63,9 @@ class GPTConfig:
         if self.n_inner is None:
             # 8/3: three matrices of that width weigh as much as two of 4 n_embd (Shazeer 2020)
             self.n_inner = 8 * math.ceil(self.n_embd / 3) if self.swiglu else 4 * self.n_embd
-        if min(self.n_kv_head, self.head_dim, self.n_inner) < 1 or self.n_head % self.n_kv_head:
-            raise ValueError(f"n_head {self.n_head} must be a multiple of n_kv_head "
-                             f"{self.n_kv_head}; head_dim {self.head_dim} and n_inner "
-                             f"{self.n_inner} must be 1 or more")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head "
+                             f"{self.n_kv_head}")
         if self.rope_theta is not None and (self.head_dim % 2 or self.rope_theta <= 0):
             raise ValueError(f"rotary positions need an even head_dim, not {self.head_dim}, and "
                              f"rope_theta above 0, not {self.rope_theta}")

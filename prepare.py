@@ -68,6 +68,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
 from tqdm import tqdm
 
+import runtime
 from runtime import UserError, lock_folder, one_line, print0, remove, run_script, sha256
 
 END_OF_TEXT = "<|endoftext|>"
@@ -121,7 +122,8 @@ def fetch(url, raw_dir):
     shown = hide_secrets(url)
     name = re.sub(r"[^\w.-]", "_", shown.rstrip("/").rsplit("/", 1)[-1])[-80:]  # no path
     # Two queries are two files; 32 bits of a hash do not give away a token in one.
-    digest = hashlib.sha256(re.sub(r"//[^/?#]*@", "//", url).encode()).hexdigest()[:8]
+    plain = re.sub(r"//[^/?#]*@", "//", url).encode(errors="replace")
+    digest = hashlib.sha256(plain).hexdigest()[:8]
     path = Path(raw_dir, f"raw-{digest}-{name}")
     if not path.exists() or not path.stat().st_size:  # an empty one is no download
         print0(f"downloading {shown} to {path}")
@@ -591,7 +593,9 @@ def resolve(cfg):
     for holds, message in (
         (re.fullmatch(r"\w[\w.-]{0,99}", dataset) and ".." not in dataset,
          f"--dataset {dataset!r} must be one plain folder name, such as mine"),
-        (not re.match("hf:(:|$)", sources[0] or "hf:"),  # an unset variable: the current folder
+        ((cfg.source or "source" not in runtime.given_names(cfg)) and "" not in sources,
+         "--source is empty; name a file, folder, glob or URL"),
+        (not re.match("hf:(:|$)", sources[0] or "hf:"),
          f"--dataset {dataset} is no preset ({', '.join(PRESETS)}); give your text too:"
          " --source PATH"),
         (len(sources) == 1 or not any(source.startswith("hf:") for source in sources),

@@ -118,7 +118,8 @@ def overfitting(info):
     last, best = info.get("val_loss"), info.get("best_val_loss")
     if None in (last, best) or last <= 1.02 * best:
         return ""
-    learns = info.get("train_loss", math.inf) < best  # else it is the training that went wrong
+    train_loss = info.get("train_loss")
+    learns = train_loss is not None and train_loss < best  # else the training itself went wrong
     return (f"{'overfits' if learns else 'gets worse'} since iteration {info.get('best_iter')}: "
             f"val loss {best:.3f} then, {last:.3f} at the end")
 

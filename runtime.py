@@ -371,7 +371,7 @@ def read_run(folder):
     path = path if path.exists() else path.with_name("config.json")
     saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     if not isinstance(saved, dict):
-        raise ValueError(f"{path} is no settings file")
+        raise ValueError(f"{path} is missing or no settings file")
     for name in saved.keys() & RUN_TYPES.keys():
         if not isinstance(saved[name], RUN_TYPES[name]):
             raise ValueError(f"{name} is {saved[name]!r} in its {path.name}")

@@ -331,7 +331,8 @@ report ok: --tokens=1 --tokens=2 --tokens=1000000 --start=%F0%9F%98%80 --out=
 prepare clear: --dataset={"x" * 300} --dataset=a/b --dataset=.. --dataset= --dataset=.hidden
   --dataset=a%0Ab --source=nope.txt --source=none* --source= --source=/dev --source=data
   --source=/dev/null --source=gpt/model.safetensors --source=hf:no/pe --source=hf:
-  --source=hf::en --source&hf:no/pe&text.txt --source=ftp://user:p@host/x --source=file:///etc/passwd
+  --source=hf::en --source --source&hf:no/pe&text.txt --source=ftp://user:p@host/x
+  --source=file:///etc/passwd
   --source=http:// --source=https:/x --source=http://127.0.0.1:1/x --source=http://[::1/x
   --source=http://a%20b/c --tokenizer=nope --tokenizer=data --tokenizer=bert/config.json
   --tokenizer=text.txt --tokenizer=bpe&--vocab_size=1 --tokenizer=bpe&--vocab_size=1000000000
@@ -491,9 +492,10 @@ RUNS = ["", "{", "[]", "{}", "null", b"\xff", None, *(
     {name: value} for name, values in {
         "model": (None, [], {}, {"n_layer": "x"}, {"n_layer": 1.5}, {"oops": 1}, {"n_embd": 32}),
         "train": (None, {}, [], {"learning_rate": "x"}, {"dataset": 7}), "iter": (None, "x", -3),
-        "val_loss": (None, [1]), "best_val_loss": ("x",), "resumed": (7,), "seconds": ("x",),
-        "skipped": ("x",), "machine": (3,), "started": ([1],), "config": (3, {"seed": "x"}),
-        "state": ({}, {"iteration": "x"}), "same": (3,), "n_layer": ("x",)}.items()
+        "val_loss": (None, [1]), "train_loss": (None,), "best_val_loss": ("x",),
+        "resumed": (7,), "seconds": ("x",), "skipped": ("x",), "machine": (3,), "started": ([1],),
+        "config": (3, {"seed": "x"}), "state": ({}, {"iteration": "x"}), "same": (3,),
+        "n_layer": ("x",)}.items()
     for value in values)]
 SUMS = ["", None, "abc", b"\xff\xfe\n", "0  ../../x\n", "0  /dev/zero\n", "0  pipe\n", "0  nope\n",
         "0  .\n", "0  a\0b\n", f"0  {'x' * 5000}\n", "\n\n", "0  run.json\n"]

@@ -162,7 +162,8 @@ def test_impossible_configurations():
     bad = [
         dict(n_layer=0), dict(vocab_size=-1), dict(block_size=0), dict(n_head=0), dict(n_embd=0),
         dict(head_dim=None, n_head=4), dict(n_kv_head=2), dict(n_kv_head=0), dict(head_dim=0),
-        dict(n_layer=1.5), dict(n_inner=0), dict(rope_theta=1e4, head_dim=5), dict(rope_theta=0.0),
+        dict(n_layer=1.5), dict(n_embd=12.0), dict(n_inner=2.5),
+        dict(n_inner=0), dict(rope_theta=1e4, head_dim=5), dict(rope_theta=0.0),
         dict(dropout=1.0), dict(dropout=-0.1), dict(dropout=math.nan), dict(init="xavier"),
     ]
     for change in bad:

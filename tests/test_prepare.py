@@ -406,13 +406,15 @@ def test_stdlib_is_real_and_readable():
     (["texts/*.txt"], "texts"), (["https://u:p@host/x/t.txt?k=1"], "t"), (["verdict"], "verdict"),
     (["hf:me/wiki:20231101.az:text"], "wiki"), (["stdlib.txt"], "my-stdlib"), (["*"], "here"),
     (["ə" * 300], "ə" * 60)])
-def test_data_set_is_named_after_the_source(tmp_path, monkeypatch, sources, name):
+def test_data_set_is_named_after_the_source(tmp_path, monkeypatch, fails, sources, name):
     """`--source` without `--dataset` replaced data/stdlib, and with it the next training run."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     cfg = configurator.load(prepare.Config, ["--source", *sources])
     assert prepare.resolve(cfg)[0].dataset == name
     assert prepare.resolve(prepare.Config())[0].dataset == "stdlib"
+    empty = configurator.load(prepare.Config, ["--source"])  # an unset shell variable behind it
+    fails(2, lambda: prepare.resolve(empty), "--source is empty")
 
 
 def test_several_sources_and_replacing(run, tmp_path):
@@ -702,6 +704,7 @@ BAD = {  # name: (options, exit code, words of the line)
     "empty files": ({"source": "empty*.txt"}, 1, ["empty*.txt is empty"]),
     "not UTF-8, bpe": ({"source": "latin1.txt", "tokenizer": "bpe"}, 1, ["unpack", "iconv"]),
     "not UTF-8, document": ({"source": "*.txt"}, 1, ["latin1.txt is not UTF-8"]),
+    "empty source": ({"source": ""}, 2, ["--source is empty"]),
     "hub and no name": ({"source": "hf:"}, 2, ["give your text too"]),
     "hub and a part of no name": ({"source": "hf::en"}, 2, ["give your text too"]),
     "hub and more": ({"source": ("hf:a", "text.txt")}, 2, ["stands alone"]),

@@ -100,7 +100,8 @@ def test_overfitting_is_said():
     """A run whose validation loss rose gets no word, or a diverged one the wrong word."""
     for last, train_loss, words in (
             (1.01, 0.5, ""), (1.5, 0.5, "overfits since iteration 180: val loss 1.000 then, 1.500"),
-            (1.5, 1.4, "gets worse since iteration 180"), (math.nan, 1.0, "gets worse")):
+            (1.5, 1.4, "gets worse since iteration 180"), (1.5, None, "gets worse"),
+            (math.nan, 1.0, "gets worse")):
         info = {"val_loss": last, "train_loss": train_loss, "best_val_loss": 1.0, "best_iter": 180}
         said = report.overfitting(info)
         assert said.startswith(words) and bool(said) == bool(words)

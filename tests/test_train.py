@@ -377,7 +377,8 @@ def test_whole_passes(rows):
 
 @pytest.mark.parametrize(("said", "shape"), [
     (dict(max_iters=1_708), (3, 2, 128)), (dict(max_iters=1_709), (4, 3, 192)),
-    (dict(max_iters=7_325), (4, 4, 256)), (dict(n_embd=100), (3, 2, 100)),
+    (dict(max_iters=12_207), (4, 3, 192)), (dict(max_iters=12_208), (4, 4, 256)),
+    (dict(n_embd=100), (3, 2, 100)),
     (dict(n_layer=5, n_head=1), (5, 1, 128)), (dict(n_embd=30), (3, 1, 30)),
     (dict(n_head=3), (3, 3, 132)), (dict(n_kv_head=4), (3, 4, 128)), (dict(n_embd=36), (3, 2, 36))])
 def test_a_longer_run_is_wider(said, shape):
@@ -385,7 +386,7 @@ def test_a_longer_run_is_wider(said, shape):
     chosen = train.choose(train.Config(**said), 99_999, 8, 99, None)
     assert (chosen.n_layer, chosen.n_head, chosen.n_embd) == shape
     train.model_config(chosen, 99)  # 4 heads of 25 were refused, and 2 for 4 heads of keys
-    often = train.choose(train.Config(max_iters=7_325), 99, 8, 99, None)  # many passes
+    often = train.choose(train.Config(max_iters=12_208), 99, 8, 99, None)  # many passes
     assert (often.n_layer, often.n_embd) == (4, 128)
 
 
@@ -412,13 +413,16 @@ def test_minutes_hold_evaluations_and_dropout():
     assert asked == [(128, 0.0), (192, 0.0)]
 
 
-def test_dry_run_measures_and_writes_nothing(config, capsys, tmp_path):
-    """Would catch a dry run that leaves a folder, or that only estimates."""
+def test_dry_run_measures_and_writes_nothing(config, capsys, tmp_path, monkeypatch):
+    """Would catch a dry run that leaves a folder, that only estimates, or that counts the memory of
+    two models."""
+    made, make = [], train.make_model
+    monkeypatch.setattr(train, "make_model", lambda *a: made.append(a) or make(*a))
     train.main(config(dry_run=True, gradient_accumulation_steps=3))
     out = capsys.readouterr().out
     for word in ("parameters", "tokens", "epochs", "hours", "memory", "disk", "nothing is written"):
         assert word in out
-    assert not list(tmp_path.iterdir())
+    assert len(made) == 1 and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("interval", "count"), [(0, 1), (4, 4), (11, 2)])
