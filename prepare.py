@@ -579,6 +579,8 @@ def name_after(sources):
 def resolve(cfg):
     """(`cfg` with the preset's values filled in, shard, shards), everything checked."""
     sources = (cfg.source,) if isinstance(cfg.source, str) else tuple(cfg.source or ())
+    if "source" in runtime.given_names(cfg):
+        sources = sources or ("",)  # an unset shell variable: source_files refuses it
     dataset = name_after(sources) if cfg.dataset is None else cfg.dataset
     preset, tokenizer, _, _ = PRESETS.get(dataset, (None, "bpe", None, None))
     sources = tuple(map(preset_source, sources)) or (preset,)
@@ -593,9 +595,7 @@ def resolve(cfg):
     for holds, message in (
         (re.fullmatch(r"\w[\w.-]{0,99}", dataset) and ".." not in dataset,
          f"--dataset {dataset!r} must be one plain folder name, such as mine"),
-        ((cfg.source or "source" not in runtime.given_names(cfg)) and "" not in sources,
-         "--source is empty; name a file, folder, glob or URL"),
-        (not re.match("hf:(:|$)", sources[0] or "hf:"),
+        (sources[0] is not None and not re.match("hf:(:|$)", sources[0]),  # hf: and no name
          f"--dataset {dataset} is no preset ({', '.join(PRESETS)}); give your text too:"
          " --source PATH"),
         (len(sources) == 1 or not any(source.startswith("hf:") for source in sources),

@@ -9,6 +9,7 @@ from conftest import ROOT
 
 from bench import turns
 from bench.__main__ import Config, describe_rows, main
+from bench.scripts import command
 
 CFG = Config(rounds=3)
 
@@ -63,6 +64,16 @@ def test_turns_are_timed():
     """The set-up's time is counted, or a turn's is not."""
     answers, _ = turns.take_turns([turns.Side(name, by_its_own_clock) for name in "ab"], 3)
     assert [answer["rate"] for answer in answers] == pytest.approx([140] * 3)
+
+
+def test_figures_are_those_of_the_end(tmp_path):
+    """The last line of a run names its best val loss, which stood beside the bits per byte of its
+    end."""
+    said = "train loss 2.5 | val loss 3.2 | 1.4 bits per byte of val; best val loss 3.1"
+    turn = command(["-c", f"print({said!r})"], tmp_path)
+    next(turn)
+    figures = next(turn)
+    assert (figures["train loss"], figures["val loss"], figures["bits per byte"]) == (2.5, 3.2, 1.4)
 
 
 def test_missing_peer_is_skipped_by_name(tmp_path, capsys):

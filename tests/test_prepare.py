@@ -414,7 +414,7 @@ def test_data_set_is_named_after_the_source(tmp_path, monkeypatch, fails, source
     assert prepare.resolve(cfg)[0].dataset == name
     assert prepare.resolve(prepare.Config())[0].dataset == "stdlib"
     empty = configurator.load(prepare.Config, ["--source"])  # an unset shell variable behind it
-    fails(2, lambda: prepare.resolve(empty), "--source is empty")
+    fails(2, lambda: prepare.main(empty), "--source is empty")
 
 
 def test_several_sources_and_replacing(run, tmp_path):
