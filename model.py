@@ -37,7 +37,7 @@ class GPTConfig:
     bias: bool = True  # in LayerNorm and every Linear but c_attn and lm_head
     qkv_bias: bool = True  # in c_attn
     tie_weights: bool = True  # lm_head shares wte
-    init: Literal["gpt2", "torch"] = "gpt2"  # normal 0.02 with scaled residuals, or PyTorch's own
+    init: Literal["gpt2", "torch", "local"] = "gpt2"  # see init_weights; torch: PyTorch's own
     n_kv_head: int | None = None  # key/value heads, shared by groups of queries; None: n_head
     head_dim: int | None = None  # None: n_embd / n_head
     n_inner: int | None = None  # width inside the MLP; None: 4 n_embd, with swiglu 8/3 n_embd
@@ -71,8 +71,10 @@ class GPTConfig:
                              f"rope_theta above 0, not {self.rope_theta}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
-        if self.init not in ("gpt2", "torch"):
-            raise ValueError(f"init must be gpt2 or torch, not {self.init!r}")
+        if self.init not in ("gpt2", "torch", "local"):
+            raise ValueError(f"init must be gpt2, torch or local, not {self.init!r}")
+        if self.init == "local" and self.rope_theta is None:
+            raise ValueError("init local needs rotary positions: a rope_theta")
 
 
 class RMSNorm(nn.RMSNorm):
@@ -182,8 +184,10 @@ class GPT(nn.Module):
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
             self.lm_head.weight = self.transformer.wte.weight
-        if config.init == "gpt2":
+        if config.init != "torch":
             self.init_weights()
+        if config.init == "local":
+            self.look_back()
 
     @torch.no_grad()
     def init_weights(self):
@@ -195,6 +199,30 @@ class GPT(nn.Module):
             elif p.dim() == 2:
                 residual = name.endswith("c_proj.weight")
                 p.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer if residual else 1))
+
+    @torch.no_grad()
+    def look_back(self):
+        """Heads 0, 1, 2 and 3 of the first layer begin by attending to the token 1, 2, 3 and 4
+        before, which random weights take half of a short run to find: docs/LOG.md.
+
+        All token embeddings share a vector, which queries and keys read; a head's query is turned
+        by the angle of its distance (after mimetic initialization, Trockman & Kolter 2023).
+        """
+        config, attn = self.config, self.transformer.h[0].attn
+        shared = torch.ones(config.n_embd)
+        shared[1::2] = -1  # LayerNorm takes a mean away
+        self.transformer.wte.weight.mul_(10).add_(0.2 * shared)  # as large as what tells them apart
+        even = torch.arange(0, attn.head_dim, 2)
+        frequencies = config.rope_theta ** (-even / attn.head_dim)
+        key = frequencies.sqrt()  # so the scores fall off fast, and far away stay small
+        key *= 2 * math.sqrt(attn.head_dim) / key.norm()
+        weight = attn.c_attn.weight.view(-1, attn.head_dim, config.n_embd)  # (heads, hs, C)
+        for head in range(min(4, attn.n_head)):
+            turn = -(head + 1) * frequencies
+            query = torch.cat((key * turn.cos(), key * turn.sin()))
+            weight[head] += query[:, None] * shared / config.n_embd
+        for head in range(attn.n_head, attn.n_head + attn.n_kv_head):
+            weight[head, : len(key)] += key[:, None] * shared / config.n_embd
 
     def count_parameters(self):
         """The number of weights, a tied head counted once."""

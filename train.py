@@ -44,7 +44,7 @@ class Config:
     bias: bool = False  # in LayerNorm and Linear
     qkv_bias: bool = False  # in c_attn
     tie_weights: bool | None = None  # one matrix for embedding and head
-    init: Literal["gpt2", "torch"] = "gpt2"  # initial weights
+    init: Literal["gpt2", "torch", "local", None] = None  # None: local with rotary positions
     n_kv_head: int | None = None  # key/value heads; None: n_head
     head_dim: int | None = None  # None: n_embd / n_head
     n_inner: int | None = None  # width inside the MLP; None: 4 n_embd, with swiglu 8/3
@@ -437,6 +437,7 @@ def choose(cfg, train_windows, rows, vocab_size, measure):
             width += -width % (2 * heads)  # an even width of each, for rotary positions
             few = width < WIDTHS[1][1] and not chosen["dropout"]
             chosen |= {"n_layer": 3 if few else 4, "n_embd": width, "n_head": heads}
+            chosen["init"] = "gpt2" if cfg.rope_theta is None else "local"
             if tied is None:
                 pays = train_windows * cfg.block_size >= TIED[0] and vocab_size >= TIED[1]
                 pays = pays and (head < 1 or width > WIDTHS[0][1])

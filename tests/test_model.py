@@ -12,6 +12,7 @@ import torch
 from conftest import ROOT
 from torch.nn import functional as F
 
+import model
 from model import GPT, GPTConfig, RMSNorm, rotate
 
 SIZE = dict(block_size=7, vocab_size=13, n_layer=2)
@@ -140,6 +141,31 @@ def test_starting_weights():
         assert abs(gpt(idx, idx.roll(1))[1] - math.log(500)) < 0.3
 
 
+@pytest.mark.parametrize("change", [{}, dict(rms_norm=False, qk_norm=False, tie_weights=True)])
+def test_local_heads(monkeypatch, change):
+    """The first layer's heads begin at the tokens before, which the loss shows only later."""
+    weights = []
+
+    def attention(q, k, v, **_):
+        k = k.repeat_interleave(q.size(1) // k.size(1), dim=1)
+        scores = q @ k.mT / math.sqrt(q.size(-1))
+        weights.append(scores.masked_fill(torch.ones_like(scores).triu(1) > 0, -1e9).softmax(-1))
+        return weights[-1] @ v.repeat_interleave(q.size(1) // v.size(1), dim=1)
+
+    monkeypatch.setattr(model, "scaled_dot_product_attention", attention)
+    torch.manual_seed(0)
+    shape = dict(n_layer=2, n_head=6, n_kv_head=3, n_embd=192, head_dim=32, block_size=128)
+    GPT(replace(QWEN3, **shape, **change, init="local"))(tokens(2, 128))
+    first, second = (w[:, :, 16:].mean(0) for w in weights)  # (heads, T, T)
+    for head in range(6):
+        seen = [first[head].diagonal(16 - d, -2, -1).mean() for d in range(8)]
+        if head < 4:
+            assert max(range(8), key=seen.__getitem__) == head + 1 and seen[head + 1] > 0.2
+        else:
+            assert max(seen) < 0.1
+    assert second.max() < 0.5
+
+
 def test_rotation():
     """Pair i of position t turns by t * theta^(-2i / hs): a complex number times e^(i angle)."""
     ours, x = make(LLAMA), torch.randn(2, 3, 7, 10, generator=torch.Generator().manual_seed(0))
@@ -165,6 +191,7 @@ def test_impossible_configurations():
         dict(n_layer=1.5), dict(n_embd=12.0), dict(n_inner=2.5),
         dict(n_inner=0), dict(rope_theta=1e4, head_dim=5), dict(rope_theta=0.0),
         dict(dropout=1.0), dict(dropout=-0.1), dict(dropout=math.nan), dict(init="xavier"),
+        dict(init="local"),
     ]
     for change in bad:
         name, value = [*change.items()][-1]
