@@ -203,7 +203,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def look_back(self):
         """Heads 0, 1, 2 and 3 of the first layer begin by attending to the token 1, 2, 3 and 4
-        before, which random weights take half of a short run to find: docs/LOG.md.
+        before, which random weights find late: docs/LOG.md.
 
         All token embeddings share a vector, which queries and keys read; a head's query is turned
         by the angle of its distance (after mimetic initialization, Trockman & Kolter 2023).
@@ -213,13 +213,12 @@ class GPT(nn.Module):
         shared[1::2] = -1  # LayerNorm takes a mean away
         self.transformer.wte.weight.mul_(10).add_(0.2 * shared)  # as large as what tells them apart
         even = torch.arange(0, attn.head_dim, 2)
-        frequencies = config.rope_theta ** (-even / attn.head_dim)
-        key = frequencies.sqrt()  # so the scores fall off fast, and far away stay small
+        key = config.rope_theta ** (-even / attn.head_dim / 2)  # fast turns most: far away is small
         key *= 2 * math.sqrt(attn.head_dim) / key.norm()
+        cos, sin = self.rotation(-torch.arange(1, 5))  # (4, hs/2)
         weight = attn.c_attn.weight.view(-1, attn.head_dim, config.n_embd)  # (heads, hs, C)
         for head in range(min(4, attn.n_head)):
-            turn = -(head + 1) * frequencies
-            query = torch.cat((key * turn.cos(), key * turn.sin()))
+            query = torch.cat((key * cos[head], key * sin[head]))
             weight[head] += query[:, None] * shared / config.n_embd
         for head in range(attn.n_head, attn.n_head + attn.n_kv_head):
             weight[head, : len(key)] += key[:, None] * shared / config.n_embd

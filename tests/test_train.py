@@ -390,6 +390,12 @@ def test_a_longer_run_is_wider(said, shape):
     assert (often.n_layer, often.n_embd) == (4, 128)
 
 
+@pytest.mark.parametrize(("said", "init"), [
+    ({}, "local"), (dict(rope_theta=None), "gpt2"), (dict(init="torch"), "torch")])
+def test_initial_weights_suit_the_positions(said, init):
+    assert train.choose(train.Config(max_iters=9, **said), 99, 8, 99, None).init == init
+
+
 def test_minutes_hold_evaluations_and_dropout():
     """A run took up to 1.5 times the minutes asked for: neither of the two was counted."""
     asked = []
