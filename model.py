@@ -37,7 +37,7 @@ class GPTConfig:
     bias: bool = True  # in LayerNorm and every Linear but c_attn and lm_head
     qkv_bias: bool = True  # in c_attn
     tie_weights: bool = True  # lm_head shares wte
-    init: Literal["gpt2", "torch", "local"] = "gpt2"  # see init_weights; torch: PyTorch's own
+    init: Literal["gpt2", "torch", "local"] = "gpt2"  # init_weights, PyTorch's own, look_back
     n_kv_head: int | None = None  # key/value heads, shared by groups of queries; None: n_head
     head_dim: int | None = None  # None: n_embd / n_head
     n_inner: int | None = None  # width inside the MLP; None: 4 n_embd, with swiglu 8/3 n_embd
@@ -211,7 +211,8 @@ class GPT(nn.Module):
         config, attn = self.config, self.transformer.h[0].attn
         shared = torch.ones(config.n_embd)
         shared[1::2] = -1  # LayerNorm takes a mean away
-        self.transformer.wte.weight.mul_(10).add_(0.2 * shared)  # as large as what tells them apart
+        larger = 2 if config.tie_weights else 10  # a tied head would begin by repeating its input
+        self.transformer.wte.weight.mul_(larger).add_(0.02 * larger * shared)
         even = torch.arange(0, attn.head_dim, 2)
         key = config.rope_theta ** (-even / attn.head_dim / 2)  # fast turns most: far away is small
         key *= 2 * math.sqrt(attn.head_dim) / key.norm()

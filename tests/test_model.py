@@ -155,7 +155,9 @@ def test_local_heads(monkeypatch, change):
     monkeypatch.setattr(model, "scaled_dot_product_attention", attention)
     torch.manual_seed(0)
     shape = dict(n_layer=2, n_head=6, n_kv_head=3, n_embd=192, head_dim=32, block_size=128)
-    GPT(replace(QWEN3, **shape, **change, init="local"))(tokens(2, 128))
+    idx = tokens(2, 128)
+    loss = GPT(replace(QWEN3, **shape, **change, init="local"))(idx, idx.roll(1))[1]
+    assert loss < 6  # 26 where a tied head repeats the token that it has just read
     first, second = (w[:, :, 16:].mean(0) for w in weights)  # (heads, T, T)
     for head in range(6):
         seen = [first[head].diagonal(16 - d, -2, -1).mean() for d in range(8)]
