@@ -202,8 +202,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def look_back(self):
-        """Heads 0, 1, 2 and 3 of the first layer begin by attending to the token 1, 2, 3 and 4
-        before, which random weights find late: docs/LOG.md.
+        """Previous-token heads, which random weights find late (docs/LOG.md): heads 0, 1, 2 and 3
+        of the first layer begin by attending to the token 1, 2, 3 and 4 before.
 
         All token embeddings share a vector, which queries and keys read; a head's query is turned
         by the angle of its distance (after mimetic initialization, Trockman & Kolter 2023).

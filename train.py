@@ -44,7 +44,7 @@ class Config:
     bias: bool = False  # in LayerNorm and Linear
     qkv_bias: bool = False  # in c_attn
     tie_weights: bool | None = None  # one matrix for embedding and head
-    init: Literal["gpt2", "torch", "local", None] = None  # None: local with rotary positions
+    init: Literal["gpt2", "torch", "local", None] = None  # initial weights; None: local with rope
     n_kv_head: int | None = None  # key/value heads; None: n_head
     head_dim: int | None = None  # None: n_embd / n_head
     n_inner: int | None = None  # width inside the MLP; None: 4 n_embd, with swiglu 8/3

@@ -12,7 +12,7 @@ block_size = 1024
 n_layer = 12
 n_head = 6  # of 128
 n_embd = 768
-init = "gpt2"
+init = "gpt2"  # embeddings begin at 0.02, as the rates expect
 
 batch_size = 32
 gradient_accumulation_steps = 2  # x 8 processes x 32 x 1,024 = 524,288 tokens an iteration

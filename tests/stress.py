@@ -283,7 +283,8 @@ train clear: --seed=-1 --seed={BIG} --seed=1.5 --seed= --n_head=3 --n_head=0 --n
   --init_from=a/b/c --init_from=text.txt --init_from= --mixed_precision=bf8 --optimizer=sgd
   --sample_start=%FF --sample_start=FILE:nope --sample_start=FILE:data --log_with=wandb --resume
   --resume=maybe --resume&--overwrite --tokens_per_s=9 --typo=1 --n-laier=1 --n_layer 7 nope.py
-  --bias=2 --init=xavier --sample_tokens=-1 --sample_temperature=nan --dry_run&--dataset=nope
+  --bias=2 --init=xavier --init=local&--rope_theta=None
+  --sample_tokens=-1 --sample_temperature=nan --dry_run&--dataset=nope
   --save_interval=-1 --eval_interval=-2 --embedding_lr=nan --head_lr=-1 --out_dir=out/run
   --out_dir=out/mrpc --n_head=3&--out_dir=out/run&--overwrite data text.txt
   --dataset=nope&--out_dir=out/run&--overwrite
