@@ -202,27 +202,51 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def look_back(self):
-        """Previous-token heads, which random weights find late (docs/LOG.md): heads 0, 1, 2 and 3
-        of the first layer begin by attending to the token 1, 2, 3 and 4 before.
+        """Heads that random weights find late (docs/LOG.md). In the first layer heads 0, 1, 2 and 3
+        begin by attending to the token 1, 2, 3 and 4 before. In the second head 0 begins as an
+        induction head (Olsson et al. 2022): it copies what came after a token like this one.
 
-        All token embeddings share a vector, which queries and keys read; a head's query is turned
-        by the angle of its distance (after mimetic initialization, Trockman & Kolter 2023).
+        All token embeddings share a vector, which queries and keys of the first layer read; a
+        head's query is turned by the angle of its distance (after mimetic initialization, Trockman
+        & Kolter 2023).
         """
         config, attn = self.config, self.transformer.h[0].attn
-        shared = torch.ones(config.n_embd)
+        C, nh, nkv, hs = config.n_embd, attn.n_head, attn.n_kv_head, attn.head_dim
+        shared = torch.ones(C)
         shared[1::2] = -1  # LayerNorm takes a mean away
         larger = 2 if config.tie_weights else 10  # a tied head would begin by repeating its input
-        self.transformer.wte.weight.mul_(larger).add_(0.02 * larger * shared)
-        even = torch.arange(0, attn.head_dim, 2)
-        key = config.rope_theta ** (-even / attn.head_dim / 2)  # fast turns most: far away is small
-        key *= 2 * math.sqrt(attn.head_dim) / key.norm()
+        wte = self.transformer.wte.weight
+        if not config.tie_weights:
+            self.lm_head.weight.copy_(wte.roll(1, 1))  # in other dimensions, for the same reason
+        wte.mul_(larger).add_(0.02 * larger * shared)
+
+        even = torch.arange(0, hs, 2)
+        key = config.rope_theta ** (-even / hs / 2)  # fast turns most: far away is small
+        key *= 2 * math.sqrt(hs) / key.norm()
         cos, sin = self.rotation(-torch.arange(1, 5))  # (4, hs/2)
-        weight = attn.c_attn.weight.view(-1, attn.head_dim, config.n_embd)  # (heads, hs, C)
-        for head in range(min(4, attn.n_head)):
+        weight = attn.c_attn.weight.view(-1, hs, C)  # (nh + 2 nkv, hs, C)
+        for head in range(min(4, nh)):
             query = torch.cat((key * cos[head], key * sin[head]))
-            weight[head] += query[:, None] * shared / config.n_embd
-        for head in range(attn.n_head, attn.n_head + attn.n_kv_head):
-            weight[head, : len(key)] += key[:, None] * shared / config.n_embd
+            weight[head] += query[:, None] * shared / C
+        for head in range(nh, nh + nkv):
+            weight[head, : len(key)] += key[:, None] * shared / C
+
+        if config.n_layer == 1:
+            return
+        rows = nn.init.orthogonal_(torch.empty(2 * hs, C))
+        rows -= rows.mv(shared)[:, None] * shared / C  # what differs from token to token
+        value, out = rows.chunk(2)
+        size = 1 if config.embd_norm else 0.02 * larger * math.sqrt(2)  # of an embedding's entries
+        weight[nh + nkv] = value
+        attn.c_proj.weight[:, :hs] = out.T * math.sqrt(C / hs) * size
+        attn = self.transformer.h[1].attn
+        weight = attn.c_attn.weight.view(-1, hs, C)
+        slow = torch.arange(hs) % (hs // 2) >= hs // 4  # angles that hardly change with distance
+        weight[0] = 4 * slow[:, None] * value  # this token
+        weight[nh] = 4 * slow[:, None] * out  # the one before, which the first layer wrote
+        weight[nh + nkv] = value
+        copied = value.T * C / hs * size / 2  # an embedding, in the dimensions of lm_head
+        attn.c_proj.weight[:, :hs] = copied if config.tie_weights else copied.roll(1, 0)
 
     def count_parameters(self):
         """The number of weights, a tied head counted once."""

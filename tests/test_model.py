@@ -142,9 +142,11 @@ def test_starting_weights():
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("change", [{}, dict(rms_norm=False, qk_norm=False, tie_weights=False)])
+@pytest.mark.parametrize("change", [
+    {}, dict(embd_norm=True, n_head=1, n_kv_head=1, head_dim=96),
+    dict(rms_norm=False, qk_norm=False, tie_weights=False)])
 def test_local_heads(monkeypatch, change):
-    """The first layer's heads begin at the tokens before, which the loss shows only later."""
+    """The first layers' heads begin at their tokens, which the loss shows only later."""
     weights = []
 
     def attention(q, k, v, **_):
@@ -156,19 +158,26 @@ def test_local_heads(monkeypatch, change):
     monkeypatch.setattr(model, "scaled_dot_product_attention", attention)
     torch.manual_seed(0)
     shape = dict(n_layer=2, n_head=6, n_kv_head=3, n_embd=192, head_dim=32, block_size=128)
-    idx = tokens(2, 128)
-    gpt = GPT(replace(QWEN3, **shape, **change, init="local"))
-    assert gpt(idx, idx.roll(1))[1] < 6  # 26 where a tied head repeats what it has just read
+    gpt = GPT(replace(QWEN3, **shape | change, vocab_size=500, init="local"))
+    heads = gpt.config.n_head
+    half = torch.stack([torch.randperm(500)[:64] for _ in range(2)])
+    idx = torch.cat((half, half), dim=1)  # the second half repeats the first
+    logits = gpt(idx)[0][:, :-1]
+    losses = F.cross_entropy(logits.mT, idx[:, 1:], reduction="none")  # (B, T - 1)
+    assert losses[:, :63].mean() < math.log(500) + 0.5  # 26 where a tied head repeats its input
+    assert losses[:, 64:].mean() < losses[:, :63].mean() - 0.05
     size = 2 if gpt.config.tie_weights else 10  # beside GPT-2's 0.02, in two parts
     assert abs(gpt.transformer.wte.weight.std() / (0.02 * 2**0.5 * size) - 1) < 0.1
     first, second = (w[:, :, 16:].mean(0) for w in weights)  # (heads, T, T)
-    for head in range(6):
+    for head in range(heads):
         seen = [first[head].diagonal(16 - d, -2, -1).mean() for d in range(8)]
         if head < 4:
             assert max(range(8), key=seen.__getitem__) == head + 1 and seen[head + 1] > 0.2
         else:
             assert max(seen) < 0.1
-    assert second.max() < 0.5
+    after = [second[head, 48:].diagonal(1).mean() for head in range(heads)]
+    assert after[0] > 0.05 and all(seen < 0.02 for seen in after[1:])
+    GPT(replace(gpt.config, n_layer=1))  # which has no second layer
 
 
 def test_rotation():
