@@ -203,8 +203,9 @@ class GPT(nn.Module):
     @torch.no_grad()
     def look_back(self):
         """Heads that random weights find late (docs/LOG.md). In the first layer heads 0, 1, 2 and 3
-        begin by attending to the token 1, 2, 3 and 4 before. In the second head 0 begins as an
-        induction head (Olsson et al. 2022): it copies what came after a token like this one.
+        begin by attending to the token 1, 2, 3 and 4 before. In the second layer head 0 begins as
+        an induction head (Olsson et al. 2022): it attends to the token after an earlier occurrence
+        of the present one, and copies it; weaker where 2 head_dim exceed n_embd.
 
         All token embeddings share a vector, which queries and keys of the first layer read; a
         head's query is turned by the angle of its distance (after mimetic initialization, Trockman
@@ -217,7 +218,7 @@ class GPT(nn.Module):
         larger = 2 if config.tie_weights else 10  # a tied head would begin by repeating its input
         wte = self.transformer.wte.weight
         if not config.tie_weights:
-            self.lm_head.weight.copy_(wte.roll(1, 1))  # in other dimensions, for the same reason
+            self.lm_head.weight.copy_(wte.roll(1, 1))  # its dimensions are not the input's
         wte.mul_(larger).add_(0.02 * larger * shared)
 
         even = torch.arange(0, hs, 2)
@@ -233,19 +234,19 @@ class GPT(nn.Module):
 
         if config.n_layer == 1:
             return
-        rows = nn.init.orthogonal_(torch.empty(2 * hs, C))
-        rows -= rows.mv(shared)[:, None] * shared / C  # what differs from token to token
+        rows = nn.init.orthogonal_(torch.empty(2 * hs, C, dtype=torch.float32)).to(wte.dtype)
+        rows -= rows.mv(shared)[:, None] * shared / C  # orthogonal to the shared vector, too
         value, out = rows.chunk(2)
-        size = 1 if config.embd_norm else 0.02 * larger * math.sqrt(2)  # of an embedding's entries
+        size = 1 if config.embd_norm else 0.02 * larger * math.sqrt(2)  # RMS of an embedding
         weight[nh + nkv] = value
         attn.c_proj.weight[:, :hs] = out.T * math.sqrt(C / hs) * size
         attn = self.transformer.h[1].attn
         weight = attn.c_attn.weight.view(-1, hs, C)
-        slow = torch.arange(hs) % (hs // 2) >= hs // 4  # angles that hardly change with distance
-        weight[0] = 4 * slow[:, None] * value  # this token
-        weight[nh] = 4 * slow[:, None] * out  # the one before, which the first layer wrote
+        slow = torch.arange(hs) % (hs // 2) >= hs // 4  # of low frequency: at any distance
+        weight[0] = 4 * slow[:, None] * value  # query: the present token
+        weight[nh] = 4 * slow[:, None] * out  # key: the one before, as the first layer wrote it
         weight[nh + nkv] = value
-        copied = value.T * C / hs * size / 2  # an embedding, in the dimensions of lm_head
+        copied = value.T * C / hs * size / 2  # half the token's embedding
         attn.c_proj.weight[:, :hs] = copied if config.tie_weights else copied.roll(1, 0)
 
     def count_parameters(self):

@@ -146,7 +146,7 @@ def test_starting_weights():
     ({}, 0.07), (dict(embd_norm=True, n_head=1, n_kv_head=1, head_dim=96, rope_theta=1e4), 0.7),
     (dict(rms_norm=False, qk_norm=False, tie_weights=False), 0.7)])
 def test_local_heads(monkeypatch, change, least):
-    """The first layers' heads begin at their tokens, which the loss shows only later."""
+    """Heads that begin elsewhere would only train more slowly."""
     weights = []
 
     def attention(q, k, v, **_):
