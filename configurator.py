@@ -2,7 +2,8 @@
 
     python train.py config/verdict.py --max_iters 10 --compile
 
-Leading words are config files: Python, run in order, whose public names must be fields of Config.
+Leading words are config files: Python, run in order, whose public names must be fields of Config
+(but for modules and functions).
 Options come last; what is said last wins. `--help` prints the comments that stand beside the
 fields. A Config may name `RETIRED` options {old: new} and `ALTERNATIVES`, groups of fields that
 set one thing (max_iters, max_epochs): the last one said unsets the others.
@@ -21,9 +22,9 @@ import typing
 
 import tyro
 
-# Threads that spin at their barriers starve each other once another process is busy on the same
-# cores; waking those that sleep costs up to half of the speed. They spin for some 100 microseconds,
-# then sleep: measured in docs/LOG.md.
+# At a barrier a thread spins for some 100 microseconds, then sleeps. Threads that only spin starve
+# each other once another process is busy on the same cores; waking those that sleep at once costs
+# up to half of the speed: measured in docs/LOG.md.
 OPENMP = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "10000"}
 
 
@@ -70,10 +71,7 @@ def parse(config_class, options, default, place):
         if switch and "=" not in option and following.startswith("--"):
             spelled.append("True")  # --resume is short for --resume=True
     for group in getattr(config_class, "ALTERNATIVES", ()):
-        said = [name for name in group if name in names]
-        if len(said) > 1:
-            usage_error(f"{place}--{' and --'.join(said)} set the same thing; give only one")
-        if said:
+        if set(group) & set(names):
             default = dataclasses.replace(default, **{n: getattr(config_class, n) for n in group})
     printed = io.StringIO()
     try:
@@ -94,15 +92,16 @@ def tune_threads():
         os.environ.setdefault(name, value)
 
 
-def load(config_class, argv=None):
+def load(config_class, argv=None, files=True):
     """Return config_class with config files and options applied; wrong input exits with code 2.
 
-    The result's attribute `given` is the set of names that were said anywhere.
+    files: whether leading words are config files. The result's attribute `given` is the set of
+    names that were said anywhere.
     """
     tune_threads()
     argv = list(sys.argv[1:] if argv is None else argv)
     cfg, given = config_class(), set()
-    while argv and not argv[0].startswith("-"):
+    while files and argv and not argv[0].startswith("-"):
         path = argv.pop(0)
         cfg, names = parse(config_class, read_config_file(path), cfg, f"config file {path}: ")
         given |= set(names)

@@ -10,10 +10,11 @@ The family follows from GPTConfig: learned positions are GPT-2, qk_norm is Qwen3
 import copy
 import json
 import shutil
-import sys
 from dataclasses import dataclass
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Literal
+
+from tyro.conf import Positional
 
 from configurator import load, usage_error
 
@@ -22,19 +23,14 @@ from configurator import load, usage_error
 class Config:
     """Write a trained model for other programs: python convert.py RUN FOLDER."""
 
-    run: str = ""  # a run of train.py, or one of its checkpoints; the first word
-    folder: str = ""  # where to write, a new or empty folder; the second word
+    run: Positional[str] = ""  # a run of train.py, or one of its checkpoints
+    folder: Positional[str] = ""  # where to write, a new or empty folder
     format: Literal["hf", "gguf"] = "hf"  # a transformers folder, or GGUF for llama.cpp and Ollama
     dtype: Literal["f32", "f16", "q8_0"] = "f16"  # of a GGUF's matrices; transformers gets f32
 
 
 if __name__ == "__main__":
-    argv = sys.argv[1:]
-    for i, name in enumerate(("run", "folder")):  # load() takes leading words for config files
-        if i == len(argv) or argv[i].startswith("-"):
-            break
-        argv[i] = f"--{name}={argv[i]}"
-    CFG = load(Config, argv)  # parse before the slow imports: --help answers at once
+    CFG = load(Config, files=False)  # parse before the slow imports: --help answers at once
     if not CFG.run or not CFG.folder:
         usage_error("usage: python convert.py RUN FOLDER [--format=hf|gguf] [--dtype=q8_0]")
 
@@ -228,7 +224,7 @@ def transformers_config(c):
     try:
         config = transformers.AutoConfig.for_model(kind, **fields, **more)
         back = vars(gpt_config(config))
-    except (ValueError, StrictDataclassError) as error:
+    except (ValueError, StrictDataclassError) as error:  # all its lines: the first says little
         raise UserError(f"transformers has no such {kind}: {error}") from error
     wrong = [f"{name} {value}, not {back[name]}" for name, value in vars(c).items()
              if name not in free and value != back[name]]
@@ -282,25 +278,6 @@ def hf_engine(tokenizer):
         vocab[names.get(i, f"<|unused_{i}|>")] = i
     converter.extract_vocab_merges_from_model = lambda _: (vocab, merges)
     return converter.converted()
-
-
-def model_card(model, saved, meta, library):
-    """README.md of an exported model: what it is and the figures of its run. Of a path it has the
-    last part alone: the rest is nobody's business."""
-    run = {"dataset": "a model", "init_from": "scratch"} | saved.get("train", {})
-    paths = (run["dataset"], run["init_from"], meta["source"])
-    name, start, source = (PureWindowsPath(str(path)).name for path in paths)  # splits at / and \
-    rows = [
-        f"data set | {name} ({source})",
-        f"tokens | {meta['train_tokens']:,} train, {meta['val_tokens']:,} validation",
-        f"parameters | {model.count_parameters():,}",
-        f"trained | {saved.get('iter', 0):,} iterations from {start}",
-    ]
-    rows += [f"{key} | {saved[key]:.4f}" for key in ("train_loss", "val_loss")
-             if saved.get(key) is not None]
-    table = "".join(f"| {row} |\n" for row in rows)
-    return (f"---\nlibrary_name: {library}\npipeline_tag: text-generation\n---\n\n# {name}\n\n"
-            f"| | |\n|---|---|\n{table}")
 
 
 def write_transformers(folder, model, tokenizer):
@@ -466,15 +443,13 @@ def write_gguf(folder, model, tokenizer, name, dtype):
 def main(cfg):
     """Write a checkpoint, or the one that sample.py would take of a run, into a new folder. It is
     whole or absent. Returns its Path."""
-    check_range(cfg, 0)  # no range: it checks the choices
+    check_range(cfg, 0)  # no field's range, but the choices
     run = Path(cfg.run)
     folder = Path(cfg.folder).resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not empty; name another folder")
     checkpoint = run if (run / "meta.json").exists() else sample.pick_checkpoint(run)
-    model, tokenizer, saved = sample.load_checkpoint(checkpoint)
-    library = "transformers" if cfg.format == "hf" else "gguf"
-    card = model_card(model, saved, prepare.read_meta(checkpoint), library)
+    model, tokenizer, _ = sample.load_checkpoint(checkpoint)
     temporary = folder.with_name(f".tmp-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -484,7 +459,6 @@ def main(cfg):
                 write_transformers(temporary, model, tokenizer)
             else:
                 write_gguf(temporary, model, tokenizer, folder.name, cfg.dtype)
-            (temporary / "README.md").write_text(card, encoding="utf-8")
             commit_folder(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

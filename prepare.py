@@ -2,7 +2,7 @@
 
 python prepare.py                                    # Python's standard library: no network
 python prepare.py --dataset=verdict                  # a preset; see PRESETS below
-python prepare.py --source=book.txt                  # your own text, into data/book
+python prepare.py --dataset=mine --source=book.txt   # your own text, into data/mine
 python prepare.py --dataset=mine --source a.txt docs 'notes/*.org'
 
 Of one text the first 90 % of the characters train and the rest validates. Several files, or the
@@ -17,7 +17,6 @@ import json
 import math
 import os
 import re
-import shlex
 import sysconfig
 import unicodedata
 from collections import Counter, deque
@@ -49,7 +48,7 @@ PRESETS = {
 class Config:
     """Turn text into token files."""
 
-    dataset: str | None = None  # folder under data_dir; None: named after the source, or stdlib
+    dataset: str | None = None  # folder under data_dir, a preset's or a new name; None: stdlib
     source: tuple[str, ...] = ()  # files, folders, globs, URLs, or one hf:REPO[:CONFIG[:COLUMN]]
     tokenizer: str | None = None  # bpe, char, a tiktoken encoding (gpt2), a tokenizer.json, folder
     vocab_size: int | None = None  # of a bpe trained here; None: fits the size of the text
@@ -61,6 +60,7 @@ class Config:
 if __name__ == "__main__":
     CFG = load(Config)  # parse before the slow imports: --help answers at once
 
+import huggingface_hub
 import numpy as np
 import requests
 import tiktoken
@@ -106,10 +106,9 @@ def hide_secrets(source):
 def require_network(remedy):
     """Raise UserError at once where the hub cannot be reached: its clients retry for half a minute.
     With HF_HUB_OFFLINE nothing is tested: they look into their cache only."""
-    offline = [os.environ.get(name, "") for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")]
-    if any(value.upper() in ("1", "ON", "YES", "TRUE") for value in offline):
+    if huggingface_hub.is_offline_mode():
         return
-    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    hub = huggingface_hub.constants.ENDPOINT
     try:
         with contextlib.suppress(requests.ReadTimeout):  # slow, but there
             requests.head(hub, timeout=2)
@@ -526,16 +525,14 @@ def read_meta(folder):
     """meta.json of a data folder or checkpoint; of shards: the first one's with the sums of all."""
     metas = []
     for part in shard_folders(folder):
-        try:
+        with one_line(f"{part / 'meta.json'} cannot be read", f"if {part} is a data folder, delete "
+                      "it and run prepare.py again"):  # a stranger's: anything can be in it
             meta = json.loads((part / "meta.json").read_text(encoding="utf-8"))
             meta |= {name: int(meta[name]) for name in (*COUNTS, "vocab_size", "eot_id")}
             in_range = 0 <= meta["eot_id"] < meta["vocab_size"] <= 2**31
             if (meta["format_version"] != FORMAT_VERSION or not isinstance(meta["tokenizer"], str)
                     or not in_range or min(meta[name] for name in COUNTS) < 0):
                 raise ValueError("another version, or damaged")
-        except Exception as error:  # it may be a stranger's: anything can be in it
-            raise UserError(f"{part / 'meta.json'} cannot be read ({error!r}); if {part} is a data "
-                            "folder, delete it and run prepare.py again") from error
         metas.append({"lossless": True, "tokenizer_sha256": None, **meta})  # older ones do not say
         for name in ("tokenizer", "vocab_size", "eot_id", "dtype", "source", "settings"):
             if meta.get(name) != metas[0].get(name):
@@ -565,23 +562,12 @@ def open_split(folder, split):
 # --- main ------------------------------------------------------------------------------------
 
 
-def name_after(sources):
-    """A name for the data set made of `sources`; a preset's name only for the preset itself."""
-    if not sources:
-        return "stdlib"
-    if len(sources) == 1 and sources[0] in PRESETS and not Path(sources[0]).exists():
-        return sources[0]
-    paths = [re.sub(r"^hf:([^:]*).*|[*?[].*", r"\1", hide_secrets(source)) for source in sources]
-    name = re.sub(r"\W+", "-", "-".join(Path(path).resolve().stem for path in paths)).strip("-")
-    return name[:60] if name and name not in PRESETS else f"my-{name}"
-
-
 def resolve(cfg):
     """(`cfg` with the preset's values filled in, shard, shards), everything checked."""
     sources = (cfg.source,) if isinstance(cfg.source, str) else tuple(cfg.source or ())
     if "source" in runtime.given_names(cfg):
         sources = sources or ("",)  # an unset shell variable: source_files refuses it
-    dataset = name_after(sources) if cfg.dataset is None else cfg.dataset
+    dataset = cfg.dataset if cfg.dataset is not None else "" if sources else "stdlib"
     preset, tokenizer, _, _ = PRESETS.get(dataset, (None, "bpe", None, None))
     sources = tuple(map(preset_source, sources)) or (preset,)
     tokenizer = cfg.tokenizer or tokenizer
@@ -594,7 +580,7 @@ def resolve(cfg):
     i, n = map(int, shard.groups()) if shard else (0, 0)
     for holds, message in (
         (re.fullmatch(r"\w[\w.-]{0,99}", dataset) and ".." not in dataset,
-         f"--dataset {dataset!r} must be one plain folder name, such as mine"),
+         f"--dataset {dataset!r} must be one plain folder name: give one, such as mine"),
         (sources[0] is not None and not re.match("hf:(:|$)", sources[0]),  # hf: and no name
          f"--dataset {dataset} is no preset ({', '.join(PRESETS)}); give your text too:"
          " --source PATH"),
@@ -618,27 +604,17 @@ def resolve(cfg):
 def main(cfg):
     """Prepare one data set, or one shard of it; does nothing where it is there already. Returns
     the folder, for load_tokenizer and open_split."""
-    own_text = bool(cfg.source)
     cfg, i, n = resolve(cfg)
     whole = Path(cfg.data_dir, cfg.dataset)
     folder = whole / f"shard-{i:03}-of-{n:03}" if cfg.shard else whole
     if cfg.shard and (whole / "meta.json").exists():
         raise UserError(f"{whole} was made without --shard; delete it or take another --dataset")
-    lock = lock_folder(folder)
-    try:
-        build(cfg, folder, i, n)
-    except OSError as error:
-        raise UserError(f"{error.filename or folder}: {error.strerror or error}; {folder} is as it "
-                        "was") from error
-    finally:
-        for leftover in folder.glob(".tmp-*"):
-            leftover.unlink()
-        lock.release()
-        if os.listdir(folder) == [".lock"]:  # a first run that failed leaves nothing
-            remove(folder)
-    if own_text and not cfg.shard:
-        place = [] if cfg.data_dir == "data" else [f"--data_dir={cfg.data_dir}"]
-        print0(f"next: python train.py {shlex.join([f'--dataset={cfg.dataset}', *place])}")
+    with lock_folder(folder):
+        try:
+            build(cfg, folder, i, n)
+        except OSError as error:
+            raise UserError(f"{error.filename or folder}: {error.strerror or error}; {folder} is "
+                            "as it was") from error
     return whole
 
 

@@ -51,6 +51,7 @@ import sample
 import train
 from model import rotate
 from runtime import UserError, check_range, log_curve, print0
+from sample import read_prompt
 
 CURVES = {"loss": "loss (nats per token)", "lr": "learning rate",
           "grad_norm": "gradient norm", "tokens_per_s": "tokens per second"}
@@ -65,11 +66,12 @@ esc = html.escape  # quotes too: the result may stand in an attribute
 
 def read_info(folder):
     """(the newest run.json of a run of any script, {} where there is none, the rows of log.csv)."""
-    info, log = {}, []
-    for place in (folder, folder / "best", *runtime.checkpoints(folder)[::-1]):
+    found, log = [], []
+    for place in (*runtime.checkpoints(folder), folder / "best", folder):
         with contextlib.suppress(OSError, ValueError):  # damaged: an older one will do
-            found = runtime.read_run(place)
-            info = found if found.keys() & {"script", "train"} else info  # no model's config.json
+            found.append(runtime.read_run(place))
+    found = [info for info in found if info.keys() & {"script", "train"}]  # no model's config.json
+    info = max(found, key=lambda info: info.get("iter", 0), default={})
     with contextlib.suppress(OSError, ValueError):
         log = runtime.read_log(folder / "log.csv")
     for name in ("iter", "tokens", "val_loss", "tokens_per_s"):
@@ -111,17 +113,6 @@ def open_run(folder=None, checkpoint="auto"):
     return {"name": folder.as_posix(), "folder": folder, "log": log, "info": info, "facts": facts,
             "samples": train.read_samples(folder / "samples.md"), "model": model,
             "tokenizer": tokenizer, "checkpoint": f"{place.name} (iteration {saved['iter']:,})"}
-
-
-def overfitting(info):
-    """A sentence on a validation loss that ends 2 % or more above its minimum, else ''."""
-    last, best = info.get("val_loss"), info.get("best_val_loss")
-    if None in (last, best) or last <= 1.02 * best:
-        return ""
-    train_loss = info.get("train_loss")
-    learns = train_loss is not None and train_loss < best  # else the training itself went wrong
-    return (f"{'overfits' if learns else 'gets worse'} since iteration {info.get('best_iter')}: "
-            f"val loss {best:.3f} then, {last:.3f} at the end")
 
 
 @torch.no_grad()
@@ -230,7 +221,8 @@ def coloured(run, cfg):
     """(HTML, token ids) of a text the model writes, each token coloured by its improbability."""
     model, tokenizer = run["model"], run["tokenizer"]
     block_size = model.config.block_size
-    start = run["info"]["train"].get("sample_start") or "" if cfg.start is None else cfg.start
+    start = cfg.start
+    start = run["info"]["train"].get("sample_start") or "" if start is None else read_prompt(start)
     prompt = sample.encode_prompt(model, tokenizer, start)[:block_size]
     new = max(0, min(cfg.tokens, block_size + 1) - len(prompt))
     ids = sample.generate(model, torch.tensor([prompt]), new, cfg.temperature,
@@ -295,8 +287,6 @@ def table(columns, names):
 def page(runs, others, cfg):
     """The whole document. others: {name: facts} of all runs, or {}."""
     title = esc(", ".join(run["name"] for run in runs))
-    warning = "".join(f'<p class="warning">{esc(run["name"])} {sentence}.</p>' for run in runs
-                      if (sentence := overfitting(run["info"])))
     logs = {run["name"]: run["log"] for run in runs}
     resumed = [iteration for run in runs for iteration in run["info"].get("resumed", ())]
     curves = "".join(svg(plot_curve(logs, column, resumed)) for column in CURVES)
@@ -308,7 +298,7 @@ def page(runs, others, cfg):
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>
-<body><h1>{title}</h1>{warning}
+<body><h1>{title}</h1>
 {table({run["name"]: run["facts"] for run in runs}, runs[0]["facts"])}
 <h2>Curves</h2><p>Pale: each logged iteration. At evaluations, dashed: the training split; solid:
 validation, its best starred. Dotted, upright: the run was resumed.</p>
@@ -332,7 +322,7 @@ svg { width: 100%; height: auto; max-width: 760px; } div { overflow-x: auto; }
 svg text { fill: currentColor; font-family: system-ui, sans-serif !important; }
 pre { white-space: pre-wrap; } u { text-decoration: underline dotted; }
 span { background: color-mix(in srgb, var(--mark) var(--s), transparent); }
-.warning, main .differs { color: var(--mark); }
+main .differs { color: var(--mark); }
 table { overflow-wrap: normal; } td { vertical-align: top; padding: 3px 14px 3px 0; }
 td + td { min-width: 11em; }
 """
@@ -355,10 +345,10 @@ def main(cfg):
     for run, facts in others.items():
         print0(f"{run}:", ", ".join(f"{name} {facts.get(name, '–')}" for name in SHORT))
     out = Path(cfg.out) if cfg.out else runs[0]["folder"] / "report.html"
-    if not out.name or out.is_dir():
+    if out.is_dir():
         raise UserError(f"--out {out} is a folder; name a file in it", 2)
     text = page(runs, others, cfg)
-    with runtime.disk_errors(out.parent, f".tmp-{out.name}"):  # a run may be writing there
+    with runtime.disk_errors(out.parent):
         runtime.write_text(out, text)
     print0(f"wrote {out} ({len(text) / 1e3:,.0f} kB); open it in a browser")
     return out

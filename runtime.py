@@ -1,6 +1,6 @@
 """What the training scripts share: errors, device, seeds, signals, run folder, checkpoints, log.
 
-Nothing in here looks into models or text.
+Nothing in here knows what a model computes, or looks into text.
 """
 
 import contextlib
@@ -86,11 +86,11 @@ def print0(*words):
 
 def check_range(cfg, low, *names, high=math.inf):
     """Raise UserError (code 2) unless low <= field <= high and finite, for each named field; or for
-    a choice that is none, which a notebook's Config may hold."""
+    a value outside its field's Literal, which a notebook's Config may hold."""
     for name, kind in typing.get_type_hints(type(cfg)).items():
         choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
         if choices and getattr(cfg, name) not in choices:
-            raise UserError(f"--{name} {getattr(cfg, name)!r} is none of {', '.join(choices)}", 2)
+            raise UserError(f"--{name} {getattr(cfg, name)!r} is none of {choices}", 2)
     for name in names:
         value = getattr(cfg, name)
         if value is not None and not (low <= value <= high and value < math.inf):
@@ -161,8 +161,8 @@ def make_accelerator(mixed_precision, **kwargs):
 
     tune_allocator()
     if world and torch.distributed.is_available():
-        # Imported later, its default arguments would keep the process group alive, with gloo's
-        # threads, and those abort when Python ends before them (PyTorch 2.13).
+        # PyTorch imports it later otherwise: default arguments in it then keep the process group
+        # alive, with gloo's threads, and those abort when Python ends before them (PyTorch 2.13).
         import torch.distributed.nn
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if world is None:  # a second run in one notebook may want other settings
@@ -289,62 +289,69 @@ class StopSignal:
 # run folder
 
 
+@contextlib.contextmanager
 def lock_folder(folder):
-    """Make `folder` and hold it for this process until it ends, however it ends.
+    """Make `folder` and hold it for this process as long as the block lasts. Unfinished files in it
+    are then deleted, and the folder itself where nothing else is in it.
 
-    Returns the lock (keep a reference). Raises UserError if another run holds the folder or it
-    cannot be written.
+    Raises UserError if another run holds the folder or it cannot be written.
     """
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(folder / ".lock", timeout=0)
         lock.acquire()
-        for leftover in list(folder.glob(".tmp-*")):  # of a run that was killed while it wrote
-            remove(leftover)
+        clear_unfinished(folder)  # of a run that was killed while it wrote
     except filelock.Timeout:
         raise UserError(f"another run is writing into {folder}; wait for it or choose another "
                         "folder") from None
     except OSError as error:
         raise UserError(f"cannot write into {folder}: {first_line(error)}; choose another "
                         "folder") from error
-    return lock
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            clear_unfinished(folder)
+        lock.release()
+        with contextlib.suppress(OSError):
+            if os.listdir(folder) == [".lock"]:
+                (folder / ".lock").unlink()
+                folder.rmdir()
+
+
+def clear_unfinished(folder):
+    """Delete what was written aside in `folder` and never got its name."""
+    for leftover in list(folder.glob(".tmp-*")):
+        remove(leftover)
 
 
 @contextlib.contextmanager
 def hold_run(script, out_dir):
     """Hold the run folder for as long as the block lasts. Yields a StopSignal that catches nothing
     yet."""
-    lock = lock_folder(out_dir) if is_first_process() else None
     path = sys.argv[0] if Path(sys.argv[0]).name == script else script  # a notebook's is another
     local = os.environ.get("LOCAL_WORLD_SIZE", "1")  # processes of this machine
     program = ["python"] if local == "1" else ["torchrun", "--nproc_per_node", local]
     stop = StopSignal(shlex.join([*program, path, f"--out_dir={out_dir}", "--resume"]))
-    try:
-        yield stop
-    finally:
-        stop.release()
-        if lock:
-            lock.release()
+    with lock_folder(out_dir) if is_first_process() else contextlib.nullcontext():
+        try:
+            yield stop
+        finally:
+            stop.release()
 
 
 @contextlib.contextmanager
-def disk_errors(folder, unfinished=".tmp-*"):
-    """Turn a failure to write below `folder` into a UserError and remove `unfinished` files there.
-
-    Anything that is no disk error passes: a forker's bug keeps its traceback.
-    """
+def disk_errors(folder):
+    """Turn a failure to write below `folder` into a UserError. Anything that is no disk error
+    passes: a forker's bug keeps its traceback."""
     try:
         yield
     except Exception as error:  # tokenizers raises plain Exceptions, torch.save RuntimeErrors
         reason = first_line(error)
         by_torch = "inline_container" in reason or "iostream" in reason
-        if not (isinstance(error, OSError) or by_torch or re.search(r"\(os error \d+\)", reason)
-                or type(error).__name__ == "SafetensorError"):
+        if not (isinstance(error, OSError) or by_torch or re.search(r"\(os error \d+\)", reason)):
             raise
-        for leftover in Path(folder).glob(unfinished):
-            with contextlib.suppress(OSError):
-                remove(leftover)
         reason = "No space left on device" if by_torch else reason
         raise UserError(f"cannot write into {folder}: {reason}; what was saved before is "
                         "intact") from error
@@ -491,7 +498,7 @@ def save_checkpoint(accelerator, folder, write, keep=None):
             if keep:
                 found = checkpoints(folder.parent)
                 here = found.index(folder)
-                for old in found[:here] + found[here + keep :]:  # newer ones are damaged
+                for old in found[:here] + found[here + keep :]:  # find_run passed over newer ones
                     remove(old)
     accelerator.wait_for_everyone()
 
@@ -516,13 +523,11 @@ def save_plain_names(accelerator):
 def load_checkpoint(accelerator, folder, optimizers):
     """accelerator.load_state with one clear error; the optimizers' settings (decay, betas ...) stay
     those of this run. Only tensors are unpickled (weights_only): a stranger's file runs no code."""
-    mine = [[{k: v for k, v in group.items() if k != "params"} for group in o.param_groups]
-            for o in optimizers]
+    mine = [optimizer.param_groups for optimizer in optimizers]
     with one_line(f"{folder} cannot be loaded", "start a new --out_dir"):  # sums alone prove little
         accelerator.load_state(str(folder))
     for optimizer, groups in zip(optimizers, mine, strict=True):
-        for group, settings in zip(optimizer.param_groups, groups, strict=True):
-            group.update(settings)
+        optimizer.param_groups = groups
 
 
 def commit_folder(temporary, final):
@@ -547,14 +552,17 @@ def commit_folder(temporary, final):
         os.close(descriptor)
 
 
-def verify_checksums(folder):
-    """What is wrong with a committed folder, in a few words; None if nothing is."""
+def verify_checksums(folder, prefix=""):
+    """What is wrong with a committed folder, in a few words; None if nothing is. prefix: look only
+    at files whose names begin so."""
     sums = Path(folder, "SHA256SUMS")
     if not sums.is_file():  # a pipe or a device would never end
         return "SHA256SUMS is missing"
     try:
         lines = sums.read_text(encoding="utf-8").splitlines()
         for checksum, name in (line.split("  ", 1) for line in lines):
+            if not name.startswith(prefix):
+                continue
             path = (sums.parent / name).resolve()
             if not (path.is_relative_to(sums.parent.resolve()) and path.is_file()):
                 return f"{name} is no file in it"
@@ -595,9 +603,8 @@ class RunLog:
         self.first, self.total, self.done = first, total, max(0, done)
         self.began = time.perf_counter()
         self.seconds = {"updates": 0.0}
-        visible = sys.stderr.isatty() or "ipykernel" in sys.modules
         self.bar = tqdm(total=total, initial=self.done, unit="it",
-                        disable=not (first and visible))
+                        disable=None if first else True)  # None: where there is no terminal
         if not first:
             return
         self.folder, path = Path(out_dir), Path(out_dir) / "log.csv"

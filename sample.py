@@ -50,7 +50,7 @@ from torch.nn import functional as F
 import prepare
 import runtime
 from model import GPT, GPTConfig
-from runtime import UserError, check_range, first_line, print0
+from runtime import UserError, check_range, one_line, print0
 
 
 def next_token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
@@ -251,26 +251,19 @@ def load_checkpoint(folder):
     from safetensors.torch import load_model
 
     folder = Path(folder)
-    if folder.is_dir() and not (folder / "meta.json").exists():
-        raise UserError(f"{folder} is not from train.py, or damaged: a RoBERTa answers "
-                        "train_roberta.py --fill_mask, a BERT finetune_mrpc.py --predict")
     if wrong := runtime.verify_checksums(folder):
         raise UserError(f"{folder} is damaged: {wrong}; name another --checkpoint")
-    try:
+    with one_line(f"{folder} is no checkpoint of train.py", "a RoBERTa answers train_roberta.py "
+                  "--fill_mask, a BERT finetune_mrpc.py --predict",
+                  (OSError, ValueError, TypeError, KeyError)):
         saved = runtime.read_run(folder)
         config = GPTConfig(**saved["model"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{folder} is no checkpoint of train.py: {first_line(error)}") from error
     tokenizer = prepare.load_tokenizer(folder)
     model = GPT(config)  # a bug in the model keeps its traceback
-    try:
+    with one_line(f"{folder}/model.safetensors cannot be loaded",
+                  "racer.py, or a fork, has weights of its own",
+                  (OSError, RuntimeError, SafetensorError)):  # right checksums, wrong contents
         load_model(model, folder / "model.safetensors")
-    except (OSError, RuntimeError, SafetensorError) as error:  # right checksums, wrong contents
-        why = first_line(error)
-        if "state_dict" in why:
-            why = "these are not the weights of model.GPT; racer.py, or a fork, has its own"
-        raise UserError(f"{folder}/model.safetensors cannot be loaded: {why}; name "
-                        "another --checkpoint or --out_dir") from error
     return model.eval(), tokenizer, saved
 
 
@@ -326,7 +319,7 @@ def read_prompt(start):
 
 def encode_prompt(model, tokenizer, text):
     """The token ids of a prompt; an empty one is the end-of-text token. Raises UserError."""
-    ids = tokenizer.encode(read_prompt(text)) or [tokenizer.eot_id]
+    ids = tokenizer.encode(text) or [tokenizer.eot_id]
     if ids == [None]:
         raise UserError("this tokenizer has no end-of-text token to begin with; give a prompt", 2)
     if max(ids) >= model.config.vocab_size:
@@ -353,7 +346,6 @@ def complete(model, tokenizer, text, cfg=None):
     generator = torch.Generator(device).manual_seed(cfg.seed)
     show = printable if sys.stdout.isatty() else str
     prompt = encode_prompt(model, tokenizer, text)
-    text = read_prompt(text)
     shown_prompt = prompt if text else []  # the end-of-text token that opens an empty one is not
     if tokenizer.count_lost(text, shown_prompt):
         print0("warning: the model's vocabulary cannot write this prompt; it sees something else")
@@ -399,7 +391,7 @@ def interact(model, tokenizer, text, cfg):
     print("type the beginning of a text; Ctrl-C stops a text, Ctrl-D ends")
     while True:
         try:
-            complete(model, tokenizer, text or input("> "), cfg)
+            complete(model, tokenizer, text or read_prompt(input("> ")), cfg)
         except KeyboardInterrupt:
             print()
         except UserError as error:
@@ -415,8 +407,7 @@ def check_config(cfg):
     check_range(cfg, 1, "num_samples", "max_new_tokens", "num_beams", "top_k")
     check_range(cfg, 0, "temperature")
     check_range(cfg, 0, "seed", high=2**63 - 1)
-    if cfg.top_p is not None and not 0 < cfg.top_p <= 1:
-        raise UserError(f"--top_p {cfg.top_p} must be above 0 and at most 1", 2)
+    check_range(cfg, 1e-9, "top_p", high=1)
     if cfg.num_beams > 1 and (cfg.top_k or cfg.top_p or cfg.num_samples > 1):
         raise UserError("--num_beams searches for one text, the likeliest: leave out --top_k, "
                         "--top_p and --num_samples", 2)
@@ -425,7 +416,7 @@ def check_config(cfg):
 def main(cfg):
     """Generate, print, and return the texts (list of str, prompt included; interactive: None)."""
     check_config(cfg)
-    read_prompt(cfg.start or "")  # before the model is loaded
+    given = None if cfg.start is None else read_prompt(cfg.start)
     runtime.tune_allocator()
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     if cfg.quantize.startswith("int") and str(device) != "cpu":
@@ -443,8 +434,8 @@ def main(cfg):
 
         fast.quantize(model, cfg.quantize)
     if cfg.interactive:
-        return interact(model, tokenizer, cfg.start or "", cfg)
-    return complete(model, tokenizer, start if cfg.start is None else cfg.start, cfg)
+        return interact(model, tokenizer, given or "", cfg)
+    return complete(model, tokenizer, start if given is None else given, cfg)
 
 
 if __name__ == "__main__":

@@ -100,8 +100,8 @@ from safetensors.torch import save_model
 import prepare
 import runtime
 from model import GPT, GPTConfig
-from runtime import UserError, check_range, disk_errors, print0, write_text
-from sample import encode_prompt, generate
+from runtime import UserError, check_range, disk_errors, one_line, print0, write_text
+from sample import encode_prompt, generate, read_prompt
 
 try:  # torch.optim.Muon, faster on some CPUs
     from fast import Muon
@@ -148,7 +148,7 @@ def train(cfg, out_dir, stop, checkpoint, saved):
     if checkpoint:
         check_resume(cfg, checkpoint, saved, meta, model.config, rows)
     if cfg.sample_start is None:
-        text = tokenizer.decode(data["val"][:64]).replace("FILE:", "")  # text, not an option
+        text = tokenizer.decode(data["val"][:64])
         words = re.search(r"\s(\S+(\s+\S+){0,2})", text)  # the split may begin inside a word
         cfg = replace(cfg, sample_start=words[1] if words else text[:8])
     prompt = None
@@ -211,7 +211,7 @@ def train(cfg, out_dir, stop, checkpoint, saved):
     tokens_since = 0
     updates_before = 0.0
     signum, late = 0, False
-    fresh = not checkpoint  # which was already evaluated, logged and saved
+    fresh = not checkpoint  # a checkpoint's iteration was evaluated, logged and saved before
 
     while True:
         last = it == cfg.max_iters
@@ -416,7 +416,7 @@ MIN_ITERS = 40  # but up to twice as many epochs where a tiny text has fewer upd
 
 def choose(cfg, train_windows, rows, vocab_size, measure):
     """cfg with its length settled, from max_epochs or minutes where one is given, and what is None
-    of shape, dropout, tie_weights, head_lr, warmup_iters and eval_interval chosen to suit it.
+    of shape, init, dropout, tie_weights, head_lr, warmup_iters, eval_interval chosen to suit it.
 
     measure: what measure_run returns, as a function of cfg.
     """
@@ -669,14 +669,16 @@ def check_config(cfg):
 def settings_of(cfg, checkpoint, saved):
     """cfg, on resume laid over the settings in the checkpoint's run.json `saved`."""
     given = runtime.given_names(cfg)
+    cfg = copy.copy(cfg)  # with what it knows of the command line
+    if cfg.sample_start:  # the text of a file, which may be gone on resume
+        cfg.sample_start = read_prompt(cfg.sample_start)
     if checkpoint:
-        try:
+        with one_line(f"{checkpoint} is no checkpoint of train.py",
+                      kinds=(KeyError, TypeError, ValueError)):
             # what runs made before these options existed used
             settings = {"schedule": "cosine", "momentum": 0.95,
                         "embedding_lr": saved["train"]["learning_rate"]}
             settings |= asdict(GPTConfig(**saved["model"])) | saved["train"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{checkpoint} is no checkpoint of train.py: {error!r}") from error
         cfg = runtime.resume_settings(cfg, settings)
     beside = sorted(given & set(MODEL_FIELDS) - {"dropout", "block_size"})
     if beside and cfg.init_from != "scratch":
@@ -704,7 +706,7 @@ def make_model(cfg, vocab_size, saved, tokenizer):
     import convert  # only here: it brings transformers along
 
     model = convert.from_pretrained(cfg.init_from, cfg.dropout).train()
-    model = copy.deepcopy(model)  # aligned as a resumed one: where not, kernels round otherwise
+    model = copy.deepcopy(model)  # weights aligned as after a resume: else kernels round otherwise
     c = model.config
     if c.vocab_size < vocab_size or c.block_size < cfg.block_size:
         raise UserError(f"--init_from {cfg.init_from} has vocab_size {c.vocab_size} and block_size "
@@ -751,6 +753,7 @@ def measure_run(model, data, cfg, accelerator, rows, began):
     memory), from six real updates, of which the first warms up, and an evaluation."""
     import psutil
 
+    vocab_size = model.config.vocab_size
     model.to(accelerator.device)
     optimizers = make_optimizers(model, cfg, accelerator.device)
     model, *optimizers = accelerator.prepare(model, *optimizers)
@@ -760,10 +763,10 @@ def measure_run(model, data, cfg, accelerator, rows, began):
     n = count_windows(data["train"], cfg.block_size)
     for iteration in range(6):
         windows = windows_of(iteration, rows, n, cfg.seed)[: cfg.batch_size]
-        batch = read_windows(data["train"], windows, cfg.block_size, 2**32, accelerator.device)
+        batch = read_windows(data["train"], windows, cfg.block_size, vocab_size, accelerator.device)
         update(model, optimizers, [batch] * cfg.gradient_accumulation_steps, cfg, accelerator)
         times.append(time.perf_counter())
-    evaluate(model, data, cfg, accelerator, 2**32)
+    evaluate(model, data, cfg, accelerator, vocab_size)
     times.append(time.perf_counter())
     memory = psutil.Process().memory_info().rss
     if accelerator.device.type == "cuda":

@@ -68,6 +68,7 @@ def short_command(line):
         words += ["--source=[at]*.txt", "--tokenizer=data/mine/tokenizer.json"]
     elif "--compare" not in line:  # that one compares what two runs left
         words = [word for word in words if not word.startswith("--minutes")]
+        words[2:2] = ["--dataset=stdlib"] * (words == ["python", "prepare.py"])
         words += SHORT[script].split()
     while words[0].startswith("OMP"):
         words.pop(0)

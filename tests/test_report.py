@@ -96,18 +96,6 @@ def test_values_that_cannot_be_drawn():
             assert "<svg" in report.svg(report.plot_curve({"x": log}))
 
 
-def test_overfitting_is_said():
-    """A run whose validation loss rose gets no word, or a diverged one the wrong word."""
-    for last, train_loss, words in (
-            (1.01, 0.5, ""), (1.5, 0.5, "overfits since iteration 180: val loss 1.000 then, 1.500"),
-            (1.5, 1.4, "gets worse since iteration 180"), (1.5, None, "gets worse"),
-            (math.nan, 1.0, "gets worse")):
-        info = {"val_loss": last, "train_loss": train_loss, "best_val_loss": 1.0, "best_iter": 180}
-        said = report.overfitting(info)
-        assert said.startswith(words) and bool(said) == bool(words)
-    assert not report.overfitting({})
-
-
 def test_probabilities_are_the_softmax(folder):
     """A token is shown with another token's probability, at another temperature, or as markup."""
     run = report.open_run(folder / "out/a")
@@ -160,6 +148,14 @@ def test_facts_and_settings(page, folder):
     assert "<td>optimizer" in folded and html.escape(info["machine"]["cpu"]) in opened
     assert page.count("<summary>iteration") == 8 and "iteration 11, val loss" in page
     assert page.count('<pre dir="auto">') == 10 and page.count("<svg") == 6
+
+
+def test_a_newer_best_counts(folder, tmp_path):
+    """Of a run that was killed after best/ was saved, the page showed an older checkpoint."""
+    for name, info in (("best", {"iter": 300}), ("checkpoint-000120", {"iter": 120}), (".", {})):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "run.json").write_text(json.dumps({"script": "train.py"} | info))
+    assert report.read_info(tmp_path)[0]["iter"] == 300
 
 
 def test_newest_run_and_all_others(folder, fails, monkeypatch, capsys):

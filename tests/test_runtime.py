@@ -68,6 +68,7 @@ def test_check_range(fails, value):
 def test_a_choice_that_is_none(fails):
     """A notebook's Config(optimizer="sgd") was trained with AdamW without a word."""
     fails(2, lambda: train.check_config(train.Config(optimizer="sgd")), "--optimizer 'sgd'", "muon")
+    fails(2, lambda: train.check_config(train.Config(init="gpt3")), "--init 'gpt3'", "local")
     fails(2, lambda: sample.check_config(sample.Config(quantize="int3")), "'int3'", "int8")
     fails(2, lambda: convert.main(convert.Config("run", "to", format="onnx")), "'onnx'", "gguf")
 
@@ -87,21 +88,17 @@ def test_no_disk_error_passes(tmp_path, error):
 @pytest.mark.parametrize("error, reason", [
     (OSError(28, "No space left on device"), "No space left"),
     (PermissionError(13, "Permission denied"), "Permission denied"), (OSError(), "OSError"),
-    (SafetensorError('Io Error: "No space (os error 28)'), "os error 28"),
+    (SafetensorError('Io Error: "No space (os error 28)'), "os error 28"),  # it is no OSError
     (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos"), "No space left"),
     (Exception("No space left on device (os error 28)"), "No space left")])
 def test_disk_errors_are_one_line(tmp_path, fails, error, reason):
-    """Would catch a traceback for a full disk, and half a checkpoint that stays on it."""
-    (tmp_path / ".tmp-checkpoint-000007").mkdir()
-    (tmp_path / ".tmp-log.csv").write_text("half")
-    (tmp_path / "log.csv").write_text("whole")
+    """Would catch a traceback for a full disk."""
 
     def write():
         with runtime.disk_errors(tmp_path):
             raise error
 
     fails(1, write, "cannot write into", str(tmp_path), reason)
-    assert [p.name for p in tmp_path.iterdir()] == ["log.csv"]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -153,16 +150,28 @@ def make_run(folder, *iterations):
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path, fails):
-    """Would catch two runs that write one log, and a traceback where a file is in the way."""
-    lock = runtime.lock_folder(tmp_path / "a/b")
-    fails(1, lambda: runtime.lock_folder(tmp_path / "a/b"), "another run", "a/b")
-    lock.release()
+    """Would catch two runs that write one log, a traceback where a file is in the way, half a
+    checkpoint that stays on a full disk, and the folder of a mistyped name."""
+
+    def hold(name, *made):
+        with runtime.lock_folder(tmp_path / name) as nothing:
+            assert nothing is None and not [*(tmp_path / name).glob(".tmp-*")]
+            for path in made:
+                (tmp_path / name / path).write_text("half")
+            raise KeyError  # leaves the block as a full disk does
+
+    with runtime.lock_folder(tmp_path / "a/b"):
+        fails(1, lambda: hold("a/b"), "another run", "a/b")
+        (tmp_path / "a/b/run.json").write_text("whole")
     (tmp_path / "a/b/.tmp-best").mkdir()  # a run was killed while it wrote
-    (tmp_path / "a/b/.tmp-loss.png").write_text("half")
-    runtime.lock_folder(tmp_path / "a/b").release()
-    assert [p.name for p in (tmp_path / "a/b").iterdir()] == [".lock"]
+    for name, made, left in (("a/b", [".tmp-loss.png"], [".lock", "run.json"]),
+                             ("typo", [".tmp-run.json"], None)):
+        with pytest.raises(KeyError):
+            hold(name, *made)
+        folder = tmp_path / name
+        assert (sorted(p.name for p in folder.iterdir()) if folder.exists() else None) == left
     (tmp_path / "file").write_text("")
-    fails(1, lambda: runtime.lock_folder(tmp_path / "file"), "cannot write", "file")
+    fails(1, lambda: hold("file"), "cannot write", "file")
 
 
 @pytest.mark.parametrize("trace", ["best", "log.csv", "checkpoint-000005"])
@@ -358,6 +367,18 @@ def test_checksums_that_are_none(tmp_path, content):
     assert "SHA256SUMS" in runtime.verify_checksums(tmp_path)
 
 
+def test_checksums_of_some_files(tmp_path):
+    """An edited config.json, which may be, hid that the weights are damaged."""
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_text(name)
+    runtime.commit_folder(tmp_path, tmp_path.with_name("done"))
+    done = tmp_path.with_name("done")
+    (done / "config.json").write_text("edited")
+    assert runtime.verify_checksums(done, "model") is None
+    (done / "model.safetensors").write_text("flipped")
+    assert runtime.verify_checksums(done, "model") == "model.safetensors is damaged"
+
+
 # ---------------------------------------------------------------------------------------------
 # log
 
@@ -383,14 +404,14 @@ def test_log_drops_what_a_resumed_run_makes_again(tmp_path, capsys):
     assert b"\r" not in (tmp_path / "log.csv").read_bytes()
 
 
-def test_a_notebook_gets_a_bar_and_a_pipe_gets_lines(tmp_path, monkeypatch):
-    """Would catch a notebook, whose output is no terminal, without its progress bar, and a second
-    process that draws or writes."""
+def test_a_terminal_gets_a_bar_and_a_pipe_gets_lines(tmp_path, monkeypatch):
+    """Would catch a log file full of bars, and a second process that draws or writes."""
     assert runtime.RunLog(tmp_path, 3, 0, True).bar.disable
-    monkeypatch.setitem(sys.modules, "ipykernel", math)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     for first in (True, False):
         log = runtime.RunLog(tmp_path, 3, -1, first)
-        assert log.bar.disable != first and log.bar.n == 0
+        assert bool(log.bar.disable) != first and log.bar.n == 0
         log.write({"iter": 0})
         log.close()
     assert len(runtime.read_log(tmp_path / "log.csv")) == 1

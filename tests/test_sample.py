@@ -432,7 +432,9 @@ def test_damaged_checkpoints(tmp_path, fails):
     refused("empty")
     (tmp_path / "roberta").mkdir()  # as the Trainer writes it
     (tmp_path / "roberta" / "config.json").write_text('{"model_type": "roberta"}')
-    refused("roberta", "not from train.py", "--fill_mask")
+    refused("roberta", "SHA256SUMS")
+    runtime.commit_folder(tmp_path / "roberta", tmp_path / "trainer")  # train_roberta.py's
+    refused("trainer", "no checkpoint of train.py", "--fill_mask")
     refused("nowhere")
 
 
@@ -466,6 +468,11 @@ def test_command_line(root, run, tmp_path):
         shutil.copy(ROOT / f"{name}.py", tmp_path)
     again = run(tmp_path / "sample.py", *options, cwd=root)
     assert again.stdout.splitlines()[1:-1] == text and not again.stderr
+    options[:2] = ["--start", "FILE:/dev/stdin"]  # a pipe can be read once
+    piped = subprocess.run([sys.executable, ROOT / "sample.py", *options], cwd=root, text=True,
+                           input=(root / "prompt.txt").read_text("utf-8"), stdout=subprocess.PIPE,
+                           encoding="utf-8", check=True)
+    assert piped.stdout.splitlines()[1:-1] == text
 
 
 def test_wrong_calls(run, run_dir, fails, tmp_path, monkeypatch):

@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 import configurator
 import prepare
 import runtime
+import sample
 import train
 
 CPU = torch.device("cpu")
@@ -730,13 +731,26 @@ def test_a_text_names_no_file(config, tmp_path, fails):
     prepare.main(prepare.Config("log", source=source, tokenizer="char", data_dir=str(tmp_path)))
     cfg = config(dataset="log", data_dir=str(tmp_path), sample_start=None, sample_tokens=3)
     train.main(cfg)
-    assert "~~~~\ngone a x" in (Path(cfg.out_dir) / "samples.md").read_text("utf-8")
+    assert "~~~~\nFILE: gone a" in (Path(cfg.out_dir) / "samples.md").read_text("utf-8")
     (tmp_path / "text.txt").write_text("name\nof\na\nline\n" * 200)  # a vocabulary without a blank
     prepare.main(prepare.Config("log", source=source, tokenizer="char", data_dir=str(tmp_path)))
     train.main(replace(cfg, overwrite=True))
     assert "~~~~\nof\na\nline" in (Path(cfg.out_dir) / "samples.md").read_text("utf-8")
     data = {"train": np.zeros(0, np.uint16), "val": np.zeros(0, np.uint16)}
     fails(1, lambda: train.check_data(cfg, data, 9, 1), "has 0 tokens", "prepare more text")
+
+
+def test_a_prompts_file_is_read_once(config, tmp_path):
+    """A run whose --sample_start=FILE:... was gone could neither be resumed nor sampled from."""
+    path = tmp_path / "prompt.txt"
+    path.write_text("ab FILE:")
+    cfg = config(sample_start=f"FILE:{path}", sample_tokens=3, max_iters=2)
+    train.main(cfg)
+    path.unlink()
+    train.main(replace(cfg, sample_start=None, max_iters=3, eval_interval=1, resume=True))
+    assert runtime.read_run(newest(cfg))["train"]["sample_start"] == "ab FILE:"
+    assert (Path(cfg.out_dir) / "samples.md").read_text("utf-8").count("~~~~\nab FILE:") >= 2
+    assert sample.main(sample.Config(cfg.out_dir, max_new_tokens=2))[0].startswith("ab FILE:")
 
 
 @pytest.mark.parametrize("broken", [
@@ -760,7 +774,7 @@ def test_overwrite_deletes_last(copied, broken, monkeypatch):
     (dict(max_iters=-1), 2, ["--max_iters"]), (dict(beta2=1.0), 2, ["--beta2"]),
     (dict(learning_rate=math.nan), 2, ["--learning_rate", "nan"]),
     (dict(eval_iters=0), 2, ["--eval_iters"]), (dict(keep_checkpoints=0), 2, ["--keep"]),
-    (dict(max_epochs=2.0), 2, ["max_iters", "max_epochs"]),
+    (dict(max_epochs=2.0), 2, ["max_iters", "max_epochs", "give only one"]),
     (dict(max_iters=0, minutes=2.0), 2, ["max_iters", "minutes"]),
     (dict(n_embd=13), 2, ["n_embd 13", "n_head 2"]), (dict(n_embd=10), 2, ["even head_dim"]),
     (dict(block_size=100_003), 1, ["train.npy", "100003", "--block_size"]),
