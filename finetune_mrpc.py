@@ -125,8 +125,9 @@ def read_pairs(path, columns=COLUMNS):
     table = table[columns].set_axis([*COLUMNS, "prediction"][: len(columns)], axis=1)
     for name, column in zip(table, columns, strict=True):
         if name not in COLUMNS[:2]:  # 1, 1.0 and " 1 " are one label; -1 is GLUE's "unknown"
-            labels = table[name].astype(object).fillna("").map(str).str.strip().replace("-1", "")
-            table[name] = labels.str.replace(r"^0*(\d+)(\.0+)?$", r"\1", regex=True)
+            labels = table[name].astype(object).fillna("").map(str).str.strip()
+            labels = labels.str.replace(r"^(-?)0*(\d+)(\.0+)?$", r"\1\2", regex=True)
+            table[name] = labels.replace("-1", "")
         for row, cell in enumerate(table[name], 1):
             if not isinstance(cell, str) or not cell.strip():
                 raise UserError(f"{path}, pair {row}: {column} is empty, or no text")

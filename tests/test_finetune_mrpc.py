@@ -132,7 +132,8 @@ def test_original_corpus_is_read_whole():
 
 
 def test_all_formats_give_the_same_pairs(tmp_path):
-    """A BOM in the first column's name, 'NA' read as missing, quotes eaten, labels as text."""
+    """A BOM in the first column's name, 'NA' read as missing, quotes eaten, labels as text; -2 and
+    -2.0 two labels."""
     table = pandas.DataFrame({
         "sentence1": ['He said: "no"', "NA", "null, he wrote", "7", "Straße"],
         "sentence2": ['"No," said he', "Not available", "12", "seven", "street"],
@@ -151,6 +152,8 @@ def test_all_formats_give_the_same_pairs(tmp_path):
     for name in ("a.csv", "a.parquet", "a.jsonl", "a.tsv", "msr.txt", "both.csv"):
         assert read_pairs(str(tmp_path / name)).values.tolist() == expected, name
     assert read_pairs(str(tmp_path / "qqp.tsv"), ["q 1", "q2", "y"]).values.tolist() == expected
+    (tmp_path / "minus.tsv").write_text(HEADER + "a\tb\t-2\na\tb\t-2.0\n")
+    assert read_pairs(str(tmp_path / "minus.tsv")).label.tolist() == ["-2", "-2"]
 
 
 @pytest.mark.parametrize("name, text, words", [
@@ -159,6 +162,7 @@ def test_all_formats_give_the_same_pairs(tmp_path):
     ("x.tsv", HEADER + "A\tB\t1\nC\tD\t2\n" * 2, "dev.tsv, pair 1: the label '0'"),
     ("x.tsv", HEADER + "A\tB\t\n", "pair 1: label is empty"),
     ("x.tsv", HEADER + "A\tB\t-1\n", "pair 1: label is empty"),
+    ("x.tsv", HEADER + "A\tB\t-1.0\n", "pair 1: label is empty"),
     ("x.tsv", HEADER + "A\t \t1\n", "pair 1: sentence2 is empty"),
     ("x.tsv", HEADER, "no pairs"),
     ("x.tsv", "", "x.tsv cannot be read"),
