@@ -202,6 +202,7 @@ def load_model(name, accelerator, names=None):
     with loading(name), accelerator.local_main_process_first():
         safe = {"trust_remote_code": False}  # no code of a stranger's folder
         config = transformers.AutoConfig.from_pretrained(name, **safe)
+        config.id2label = dict(sorted(config.id2label.items()))  # the order of the logits
         own = {str(label).lower() for label in config.id2label.values()}
         if names and own != {label.lower() for label in names}:
             options["ignore_mismatched_sizes"] = len(own) != len(names)  # another task's head
@@ -228,8 +229,9 @@ def label_ids(model, labels):
     for spell in (str, str.lower):  # Yes and yes may be two labels, or one
         own = {spell(str(name)): int(i) for i, name in model.config.id2label.items()}
         for names in (labels.values(), labels):
-            if all(spell(name) in own for name in names):
-                return [own[spell(name)] for name in names]
+            ids = [own[spell(name)] for name in names if spell(name) in own]
+            if len(set(ids)) == len(labels):
+                return ids
     if all(label.isdecimal() and int(label) < len(own) for label in labels):
         return [int(label) for label in labels]
     raise UserError(f"the pairs are labelled {', '.join(labels)}, but the model knows "

@@ -589,7 +589,8 @@ def test_eval_only_and_predict(whole, recipe, home, tmp_path, capsys, fails):
 
 
 def test_a_model_with_labels_in_another_order(whole, recipe, tmp_path, fails):
-    """A stranger's model that says 0 for 'equivalent' scored upside down."""
+    """A stranger's model that says 0 for 'equivalent' scored upside down, or one with a third label
+    whose config.json names them in another order than the logits; Yes and yes taken for one."""
     shutil.copytree(whole / "best", tmp_path / "mirror", ignore=lambda *_: ["SHA256SUMS"])
     config = json.loads((tmp_path / "mirror" / "config.json").read_text())
     weights = load_file(tmp_path / "mirror" / "model.safetensors")
@@ -607,6 +608,19 @@ def test_a_model_with_labels_in_another_order(whole, recipe, tmp_path, fails):
     more.to_csv(tmp_path / "three.csv", index=False)
     cfg = replace(cfg, train_file="", validation_file=str(tmp_path / "three.csv"))
     fails(1, lambda: main(cfg), "labelled 0, 1, 2", "label_0, label_1")
+    for name in ("classifier.out_proj.weight", "classifier.out_proj.bias"):
+        old = weights[name]
+        weights[name] = torch.cat([old, 0 * old[:1] - 9 * (old.ndim == 1)])
+    save_file(weights, tmp_path / "mirror" / "model.safetensors", metadata={"format": "pt"})
+    config |= {"id2label": {"2": "c", "0": "equivalent", "1": "not_equivalent"}}
+    (tmp_path / "mirror" / "config.json").write_text(json.dumps(config))
+    found = main(replace(cfg, validation_file=recipe.validation_file))
+    assert found["accuracy"] == pytest.approx(results(whole)["accuracy"])
+    assert found["labels"] == ["equivalent", "not_equivalent", "c"]
+    more.assign(label=["Yes", "yes", "no"] * 3).to_csv(tmp_path / "three.csv", index=False)
+    config |= {"id2label": {"0": "yes", "1": "no", "2": "c"}}
+    (tmp_path / "mirror" / "config.json").write_text(json.dumps(config))
+    fails(1, lambda: main(cfg), "labelled Yes, no, yes", "model knows yes, no, c")
 
 
 def test_three_labels_from_other_columns(recipe, home, tmp_path, capsys):
