@@ -301,9 +301,9 @@ def calibration_error(logits, truth):
     return torch.zeros(10).index_add_(0, bins, gaps).abs().sum().item() / len(truth)
 
 
-def evaluate(cfg, accelerator, model, tokenizer, table, labels, ids, name, temperature=None):
+def evaluate(cfg, accelerator, model, tokenizer, table, labels, ids, name):
     """(metrics, logits, confusion matrix) of a model on a table of pairs. ids: the model's, one a
-    label. temperature: of the scaling that calibrates the probabilities; None: the best here."""
+    label."""
     logits = predict(cfg, accelerator, model, tokenizer, table)[:, ids]
     truth = torch.tensor(table.label.tolist())
     k, n = len(labels), len(table)
@@ -321,12 +321,7 @@ def evaluate(cfg, accelerator, model, tokenizer, table, labels, ids, name, tempe
     drawn = numpy.random.default_rng(0).multinomial(n, counts.ravel() / n, size=times)
     for m, values in scores(drawn.reshape(-1, k, k)).items():
         found[f"{m}_interval"] = numpy.quantile(values, [0.025, 0.975]).tolist()
-    if temperature is None:
-        grid = torch.logspace(-1, 1, 201).tolist()
-        temperature = min(grid, key=lambda t: cross_entropy(logits / t, truth).item())
-    found |= {"n": n, "temperature": temperature, "ece": calibration_error(logits, truth),
-              "ece_scaled": calibration_error(logits / temperature, truth)}
-    return found, logits, counts
+    return found | {"n": n, "ece": calibration_error(logits, truth)}, logits, counts
 
 
 def report(cfg, accelerator, data, labels, folder, prefix="", **more):
@@ -344,14 +339,12 @@ def report(cfg, accelerator, data, labels, folder, prefix="", **more):
         labels = dict(spelled.get(i, (str(name), str(name))) for i, name in own.items())
         ids = list(own)
     results = {"labels": list(labels.values()), "model": folder, **more}
-    temperature = None
     for split in [s for s in ("validation", "test") if s in data]:
         found, logits, counts = evaluate(cfg, accelerator, model, tokenizer, data[split], labels,
-                                         ids, f"{split}, {folder}", temperature)
-        temperature = found["temperature"]  # chosen on the validation pairs, as the epoch is
-        (low, high), ece = found["accuracy_interval"], found["ece"]
-        print0(f"{split}: accuracy {low:.3f} to {high:.3f} (95 %), calibration error {ece:.3f}, "
-               f"{found['ece_scaled']:.3f} at temperature {temperature:.2f}")
+                                         ids, f"{split}, {folder}")
+        low, high = found["accuracy_interval"]
+        print0(f"{split}: accuracy {low:.3f} to {high:.3f} (95 %), calibration error "
+               f"{found['ece']:.3f}")
         results |= found if split == "validation" else {"test": found}
         name = prefix + "test-" * (split == "test")
         if accelerator.is_main_process:
