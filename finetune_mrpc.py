@@ -9,7 +9,7 @@
     python finetune_mrpc.py --compare out/a out/b         # McNemar's test on their predictions
 
 Writes out/mrpc/: best/ (a transformers folder), checkpoint-*, run.json, log.csv, loss.png,
-results.json, predictions.tsv (worst mistakes first), confusion.png.
+results.json, predictions.tsv (worst mistakes first).
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -76,7 +76,7 @@ import pandas
 import torch
 import transformers
 from scipy.stats import binomtest
-from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
+from sklearn.metrics import confusion_matrix
 from sklearn.model_selection import train_test_split
 from torch.nn.functional import cross_entropy
 
@@ -88,9 +88,8 @@ COLUMNS = ["sentence1", "sentence2", "label"]
 MSR_COLUMNS = {"#1 String": "sentence1", "#2 String": "sentence2", "Quality": "label"}
 MRPC_NAMES = {"0": "not_equivalent", "1": "equivalent"}
 METRICS = ["accuracy", "f1", "accuracy_f1_mean"]
-OUTPUTS = ["results.json", "eval-results.json"]
-OUTPUTS += [prefix + name for prefix in ("", "test-", "eval-", "eval-test-")
-            for name in ("predictions.tsv", "confusion.png")]
+OUTPUTS = [prefix + name for prefix in ("", "eval-")
+           for name in ("results.json", "predictions.tsv", "test-predictions.tsv")]
 
 # ---------------------------------------------------------------------------------------------
 # pairs
@@ -302,8 +301,7 @@ def calibration_error(logits, truth):
 
 
 def evaluate(cfg, accelerator, model, tokenizer, table, labels, ids, name):
-    """(metrics, logits, confusion matrix) of a model on a table of pairs. ids: the model's, one a
-    label."""
+    """(metrics, logits) of a model on a table of pairs. ids: the model's, one a label."""
     logits = predict(cfg, accelerator, model, tokenizer, table)[:, ids]
     truth = torch.tensor(table.label.tolist())
     k, n = len(labels), len(table)
@@ -321,13 +319,12 @@ def evaluate(cfg, accelerator, model, tokenizer, table, labels, ids, name):
     drawn = numpy.random.default_rng(0).multinomial(n, counts.ravel() / n, size=times)
     for m, values in scores(drawn.reshape(-1, k, k)).items():
         found[f"{m}_interval"] = numpy.quantile(values, [0.025, 0.975]).tolist()
-    return found | {"n": n, "ece": calibration_error(logits, truth)}, logits, counts
+    found |= {"n": n, "ece": calibration_error(logits, truth), "confusion": counts.tolist()}
+    return found, logits
 
 
 def report(cfg, accelerator, data, labels, folder, prefix="", **more):
-    """Score the model in `folder`; write results.json, predictions.tsv and confusion.png."""
-    from matplotlib.figure import Figure  # here: training starts without it
-
+    """Score the model in `folder`; write results.json and predictions.tsv."""
     model, tokenizer = load_model(folder, accelerator)
     out_dir = Path(cfg.out_dir)
     ids = label_ids(model, labels)
@@ -340,8 +337,8 @@ def report(cfg, accelerator, data, labels, folder, prefix="", **more):
         ids = list(own)
     results = {"labels": list(labels.values()), "model": folder, **more}
     for split in [s for s in ("validation", "test") if s in data]:
-        found, logits, counts = evaluate(cfg, accelerator, model, tokenizer, data[split], labels,
-                                         ids, f"{split}, {folder}")
+        found, logits = evaluate(cfg, accelerator, model, tokenizer, data[split], labels, ids,
+                                 f"{split}, {folder}")
         low, high = found["accuracy_interval"]
         print0(f"{split}: accuracy {low:.3f} to {high:.3f} (95 %), calibration error "
                f"{found['ece']:.3f}")
@@ -355,14 +352,8 @@ def report(cfg, accelerator, data, labels, folder, prefix="", **more):
                 order = (table.probability * (1 - 2 * wrong)).argsort()  # worst mistakes first
                 runtime.write_text(out_dir / f"{name}predictions.tsv",
                                    tab_separated(table.iloc[order]) + "\n")
-                figure = Figure(layout="constrained")
-                picture = ConfusionMatrixDisplay(counts, display_labels=[
-                    name.replace("$", r"\$") for name in labels.values()])  # $5_$ is no formula
-                picture.plot(ax=figure.subplots(), cmap="Blues", colorbar=False)
-                figure.savefig(out_dir / f"{name}confusion.png")
     write_json(accelerator, out_dir / f"{prefix}results.json", results)
-    print0(f"wrote {prefix}results.json, {name}predictions.tsv and {name}confusion.png into "
-           f"{out_dir}")
+    print0(f"wrote {prefix}results.json and {name}predictions.tsv into {out_dir}")
     return results
 
 
@@ -676,7 +667,7 @@ def train_seeds(cfg, accelerator, data, labels, stop, seeds):
 
     runtime.save_checkpoint(accelerator, out_dir / "best", copy_best)
     if accelerator.is_main_process:
-        for path in [best / name for name in OUTPUTS[2:] if (best / name).exists()]:
+        for path in [best / name for name in OUTPUTS[1:3] if (best / name).exists()]:
             shutil.copy(path, out_dir)
     write_json(accelerator, out_dir / "results.json", results)
     info["seconds"] = 60 * sum(run["minutes"] for run in runs)

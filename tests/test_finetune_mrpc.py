@@ -502,8 +502,10 @@ def test_results_and_predictions(whole, recipe):
     (low, high), p = found["accuracy_interval"], found["accuracy"]
     assert high - low == pytest.approx(2 * 1.96 * (p * (1 - p) / 37) ** 0.5, abs=0.04)
     assert low < p < high and 0 <= found["ece"] < 1
-    for name in ("loss.png", "confusion.png"):
-        assert (whole / name).read_bytes().startswith(b"\x89PNG")
+    (a, b), (c, d) = found["confusion"]
+    assert (a + d) / 37 == p and c + d == dev.label.sum()
+    assert b + d == sum(r[3] == "1" for r in rows)
+    assert (whole / "loss.png").read_bytes().startswith(b"\x89PNG")
     pipe = transformers.pipeline("text-classification", model=str(whole / "best"))
     said = pipe([{"text": r[0], "text_pair": r[1]} for r in rows])
     names = {"0": "not_equivalent", "1": "equivalent"}
@@ -639,7 +641,7 @@ def test_three_labels_from_other_columns(recipe, home, tmp_path, capsys):
 
 def test_a_file_without_one_of_the_labels(recipe, tmp_path):
     """The answer that no pair of the file has could not be given: accuracy 1 on pairs all alike.
-    And Yes was taken for yes, and a label with $ in it for a formula."""
+    And Yes was taken for yes."""
     table = make_pairs(70, 6).assign(label=["Yes", "yes", "$5_$"] * 23 + ["yes"])
     table.to_csv(tmp_path / "all.tsv", sep="\t", index=False)
     table[table.label == "yes"].to_csv(tmp_path / "one.tsv", sep="\t", index=False)
