@@ -31,7 +31,7 @@ class Config:
     max_length: int = 0  # tokens a pair, the rest is cut off; 0: as many as the model takes
     # training
     max_epochs: int = 3  # passes over the training pairs, an evaluation after each
-    max_iters: int = 0  # stop early; the learning rate still falls as if for all of max_epochs
+    max_iters: int = 0  # iterations after which to stop, the schedule unchanged; 0: all of it
     batch_size: int = 8  # pairs that a process computes at once
     gradient_accumulation_steps: int = 1  # such batches a process and iteration
     length_window: int = 32  # batches among which pairs are grouped by length; 0: shuffled only
@@ -134,8 +134,9 @@ def read_pairs(path, columns=COLUMNS):
 
 
 def load_pairs(cfg):
-    """({'train': table, 'validation': table, perhaps 'test'}, {label in the file: its name}), from
-    the files or else the hub. In the tables a label is its place among the labels."""
+    """({'train': table, 'validation': table, perhaps 'test'}, {label in the file: its name}). The
+    files' pairs; without a --train_file to train on MRPC's from the hub, each file in place of one
+    of its splits. In the tables a label is its place among the labels."""
     files = {"train": cfg.train_file, "validation": cfg.validation_file, "test": cfg.test_file}
     columns = cfg.columns.split(",")
     data = {split: read_pairs(path, columns) for split, path in files.items() if path}
@@ -282,13 +283,13 @@ def predict(cfg, accelerator, model, tokenizer, table):
 
 
 def scores(counts):
-    """{metric: (...)} of confusion matrices (..., label, prediction). F1 is that of the second
-    label where there are two, else the mean over the labels that occur."""
-    right = counts.diagonal(axis1=-2, axis2=-1)  # (..., labels)
-    seen = counts.sum(-1) + counts.sum(-2)  # 0: neither there nor predicted, so not in the mean
+    """{metric: value} of a confusion matrix, an array of shape (label, prediction). F1 is that of
+    the second label where there are two, else the mean over the labels that occur."""
+    right = counts.diagonal()
+    seen = counts.sum(1) + counts.sum(0)  # 0: neither there nor predicted, so not in the mean
     f1 = 2 * right / numpy.maximum(seen, 1)
-    f1 = f1[..., 1] if counts.shape[-1] == 2 else f1.sum(-1) / (seen > 0).sum(-1)
-    accuracy = right.sum(-1) / counts.sum((-1, -2))
+    f1 = f1[1] if len(counts) == 2 else f1.sum() / (seen > 0).sum()
+    accuracy = right.sum() / counts.sum()
     return dict(zip(METRICS, (accuracy, f1, (accuracy + f1) / 2), strict=True))
 
 
@@ -315,10 +316,10 @@ def evaluate(cfg, accelerator, model, tokenizer, table, labels, ids, name):
     if (counts.sum(0) > 0).sum() == 1:
         print0(f"warning: the model calls every pair {[*labels.values()][counts.sum(0).argmax()]}")
     # A bootstrap over the pairs: to draw n of them is to draw n cells of the confusion matrix.
-    times = max(100, min(10_000, 10**7 // k**2))  # 80 MB at most, up to 300 labels
-    drawn = numpy.random.default_rng(0).multinomial(n, counts.ravel() / n, size=times)
-    for m, values in scores(drawn.reshape(-1, k, k)).items():
-        found[f"{m}_interval"] = numpy.quantile(values, [0.025, 0.975]).tolist()
+    draw = numpy.random.default_rng(0).multinomial
+    drawn = [scores(draw(n, counts.ravel() / n).reshape(k, k)) for _ in range(1000)]
+    for m in METRICS:
+        found[f"{m}_interval"] = numpy.quantile([s[m] for s in drawn], [0.025, 0.975]).tolist()
     found |= {"n": n, "ece": calibration_error(logits, truth), "confusion": counts.tolist()}
     return found, logits
 
@@ -491,8 +492,7 @@ def train(cfg, accelerator, data, labels, stop, start, begin=None):
         was = saved.get("state", {})
         if was.keys() != state.keys() or was["iteration"] != int(folder.name[11:]):
             raise UserError(f"{folder} is of another version; start a new --out_dir")
-        done, limit = was["iteration"], "--max_iters (0: all)" if end < total else "--max_epochs"
-        extend = f"to extend it give a higher {limit}"
+        done, extend = was["iteration"], "to extend it give a higher --max_iters or --max_epochs"
         if end < done:
             raise UserError(f"{folder} is past the {end} iterations asked for; {extend}", 2)
         print0(f"resuming from {folder}" if done < end else
