@@ -42,7 +42,7 @@ class Config:
     grad_clip: float = 0.0  # largest norm of the gradient; 0: off
     mixed_precision: Literal["auto", "fp16", "bf16", "no"] = "auto"  # auto: what is fast here
     seed: int = 42  # of the new head, the order of the pairs and dropout
-    seeds: str = ""  # "1,2,3": one run for each, then mean and deviation
+    seeds: str = ""  # "1,2,3": a run for each in out_dir/seed-N, then means and deviations
     # evaluation
     eval_batch_size: int = 32  # changes the speed, not the result
     eval_only: bool = False  # score out_dir/best, or a --model that is fine-tuned already
@@ -67,7 +67,6 @@ import csv
 import hashlib
 import json
 import math
-import shutil
 import time
 from pathlib import Path
 
@@ -353,14 +352,14 @@ def report(cfg, accelerator, data, labels, folder, prefix="", **more):
                 order = (table.probability * (1 - 2 * wrong)).argsort()  # worst mistakes first
                 runtime.write_text(out_dir / f"{name}predictions.tsv",
                                    tab_separated(table.iloc[order]) + "\n")
-    write_json(accelerator, out_dir / f"{prefix}results.json", results)
+    write_json(out_dir / f"{prefix}results.json", results)
     print0(f"wrote {prefix}results.json and {name}predictions.tsv into {out_dir}")
     return results
 
 
-def write_json(accelerator, path, content):
+def write_json(path, content):
     """Write a JSON file, from the first process."""
-    if accelerator.is_main_process:
+    if runtime.is_first_process():
         with runtime.disk_errors(path.parent):
             runtime.write_text(path, json.dumps(content, indent=2) + "\n")
 
@@ -454,14 +453,20 @@ def forward_backward(cfg, accelerator, model, collate, pairs, iteration):
     return total
 
 
-def train(cfg, accelerator, data, labels, stop, start, begin=None):
-    """One run with one seed, from beginning to end. Returns what results.json says.
-
-    start: (checkpoint folder, its run.json) or (None, {}). begin: called when nothing can fail any
-    more, before the old run is deleted.
-    """
-    # ---- model and pairs
+def train(cfg, stop):
+    """A run in a folder that is locked, from beginning to end. stop: a StopSignal. Returns what
+    results.json says."""
+    # ---- settings, pairs and model
     out_dir = Path(cfg.out_dir)
+    folder, saved = runtime.find_run(out_dir, cfg.resume, cfg.overwrite)
+    if folder:
+        if "config" not in saved:
+            raise UserError(f"{out_dir} holds no run of this script; choose another --out_dir")
+        cfg = runtime.resume_settings(cfg, saved["config"] | {"predict": (), "compare": ()})
+        check_config(cfg)
+    print0("configuration:", ", ".join(f"{k}={v!r}" for k, v in changed(cfg).items()) or "defaults")
+    accelerator = runtime.make_accelerator(cfg.mixed_precision)
+    data, labels = load_pairs(cfg)
     torch.manual_seed(cfg.seed)  # of the new head
     model, tokenizer = load_model(cfg.model, accelerator, list(labels.values()))
     model.config.both_orders = cfg.both_orders  # best/ knows how to predict
@@ -484,7 +489,6 @@ def train(cfg, accelerator, data, labels, stop, start, begin=None):
     if cfg.warmup_iters >= total:
         raise UserError(f"--warmup_iters={cfg.warmup_iters} leaves none of {total} iterations", 2)
     same = what_stays(cfg, data, labels, global_batch)
-    folder, saved = start
     state = {"iteration": 0, "tokens": 0, "loss_sum": 0.0, "loss_pairs": 0, "skipped": 0,
              "metrics": None, "best_f1": -1.0, "resumed": [], "total": total}
     if folder:
@@ -511,14 +515,12 @@ def train(cfg, accelerator, data, labels, stop, start, begin=None):
     if folder:
         runtime.load_checkpoint(accelerator, folder, [optimizer])
     accelerator.wait_for_everyone()
-    if begin:
-        begin()
     if accelerator.is_main_process and cfg.overwrite:
         runtime.clear_run(out_dir, *OUTPUTS)
     info = {"script": "finetune_mrpc.py", "config": asdict(cfg), "same": same, "state": state,
             "started": saved.get("started") or time.strftime("%Y-%m-%d %H:%M"),
             "seconds": saved.get("seconds", 0.0), "machine": runtime.describe_machine(accelerator)}
-    write_json(accelerator, out_dir / "run.json", info)
+    write_json(out_dir / "run.json", info)
     log = runtime.RunLog(out_dir, end, state["iteration"], accelerator.is_main_process,
                          [*runtime.LOG_COLUMNS, *METRICS])
     began = log.began - info["seconds"]
@@ -531,13 +533,13 @@ def train(cfg, accelerator, data, labels, stop, start, begin=None):
             return evaluate(cfg, accelerator, bare, tokenizer, data["validation"], labels,
                             ids, f"iteration {iteration}")[0]
 
-    def write(folder):
-        """A checkpoint has what --resume needs, best/ is a transformers folder."""
-        if folder.name != ".tmp-best":
-            accelerator.save_state(str(folder))
-            info["seconds"] = time.perf_counter() - began
-            write_json(accelerator, folder / "run.json", info)
-        elif accelerator.is_main_process:
+    def save(folder):  # what --resume needs
+        accelerator.save_state(str(folder))
+        info["seconds"] = time.perf_counter() - began
+        write_json(folder / "run.json", info)
+
+    def export(folder):  # a transformers folder
+        if accelerator.is_main_process:
             bare.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
 
@@ -586,7 +588,7 @@ def train(cfg, accelerator, data, labels, stop, start, begin=None):
             row |= {name: found[name] for name in METRICS} | {"val_loss": found["loss"]}
             row["train_loss"] = state["loss_sum"] / max(1, state["loss_pairs"])
             if found["f1"] > state["best_f1"]:
-                runtime.save_checkpoint(accelerator, out_dir / "best", write)
+                runtime.save_checkpoint(accelerator, out_dir / "best", export)
                 state["best_f1"] = found["f1"]
             state.update(metrics=found, loss_sum=0.0, loss_pairs=0)
 
@@ -595,7 +597,7 @@ def train(cfg, accelerator, data, labels, stop, start, begin=None):
             log.write(row)
         if epoch_ends or done == end or signum or late:
             checkpoint = out_dir / f"checkpoint-{done:06d}"
-            runtime.save_checkpoint(accelerator, checkpoint, write, cfg.keep_checkpoints)
+            runtime.save_checkpoint(accelerator, checkpoint, save, cfg.keep_checkpoints)
             stop.saved_at = time.monotonic()
         if signum:
             break
@@ -609,7 +611,7 @@ def train(cfg, accelerator, data, labels, stop, start, begin=None):
     if end % per_epoch:  # no checkpoint knows of this: one that resumes ends as if never stopped
         state["metrics"] = validate(end)
         if state["best_f1"] < 0:
-            runtime.save_checkpoint(accelerator, out_dir / "best", write)
+            runtime.save_checkpoint(accelerator, out_dir / "best", export)
     print0("time:", log.close())
     log.plot(METRICS[:2], "pair", state["resumed"])
     return report(cfg, accelerator, data, labels, str(out_dir / "best"), seed=cfg.seed,
@@ -627,51 +629,28 @@ def what_stays(cfg, data, labels, global_batch):
     return same
 
 
-def train_seeds(cfg, accelerator, data, labels, stop, seeds):
-    """A run for each seed, in out_dir/seed-N; out_dir gets the means and the best run's files."""
-    out_dir = Path(cfg.out_dir)
-    jobs = []
-    for seed in seeds:  # all folders are looked at before the first run starts
-        folder = out_dir / f"seed-{seed}"
-        resume = cfg.resume and bool(runtime.checkpoints(folder))
-        one = replace(cfg, seed=seed, seeds="", out_dir=str(folder), resume=resume,
+def train_seeds(cfg):
+    """main() once a seed, in out_dir/seed-N. Writes seeds.json: means, deviations and all runs."""
+    jobs, free = [], dict.fromkeys(("out_dir", "resume", "overwrite", "predict", "compare"))
+    for seed in cfg.seeds.split(","):  # all folders are looked at before the first run starts
+        folder = Path(cfg.out_dir, f"seed-{int(seed)}")
+        resume = cfg.resume and bool(not jobs or runtime.checkpoints(folder))
+        one = replace(cfg, seed=int(seed), seeds="", out_dir=str(folder), resume=resume,
                       overwrite=cfg.overwrite or (cfg.resume and not resume))
-        jobs.append((one, runtime.find_run(folder, resume, one.overwrite)))
-    info = {"script": "finetune_mrpc.py", "config": asdict(cfg),
-            "started": time.strftime("%Y-%m-%d %H:%M")}
-
-    def begin():
-        if accelerator.is_main_process and cfg.overwrite:  # a resume would take old runs for ours
-            for folder in (out_dir, *out_dir.glob("seed-*/")):
-                runtime.clear_run(folder, *OUTPUTS)
-        write_json(accelerator, out_dir / "run.json", info)
-
-    runs = []
-    for one, start in jobs:
-        print0(f"\nseed {one.seed}, in {one.out_dir}")
-        Path(one.out_dir).mkdir(exist_ok=True)
-        runs.append(train(one, accelerator, data, labels, stop, start, None if runs else begin))
-    figures = pandas.json_normalize(runs).drop(columns="seed").select_dtypes("number")
+        start, saved = runtime.find_run(folder, resume, one.overwrite)
+        if start:  # an old run, which a killed --overwrite did not come to, is not taken for ours
+            runtime.check_same(start, saved.get("config", {}) | free, asdict(one) | free)
+        jobs.append(one)
+    runs = [main(one) for one in jobs]
+    figures = pandas.json_normalize(runs).drop(columns=["seed", "n"]).select_dtypes("number")
     mean, deviation = figures.mean(), figures.std()
-    results = {"seeds": seeds, **mean, **deviation.add_suffix("_std"), "n": runs[0]["n"],
-               "runs": runs}
     for name in [name for name in figures if name.split(".")[-1] in METRICS]:
-        print0(f"{name}, mean and deviation of {len(seeds)} seeds: {mean[name]:.4f} +- "
+        print0(f"{name}, mean and deviation of {len(runs)} seeds: {mean[name]:.4f} +- "
                f"{deviation[name]:.4f}")
-    best = out_dir / f"seed-{max(runs, key=lambda run: run['f1'])['seed']}"
-
-    def copy_best(temporary):
-        if accelerator.is_main_process:
-            shutil.copytree(best / "best", temporary, dirs_exist_ok=True,
-                            ignore=shutil.ignore_patterns("SHA256SUMS"))
-
-    runtime.save_checkpoint(accelerator, out_dir / "best", copy_best)
-    if accelerator.is_main_process:
-        for path in [best / name for name in OUTPUTS[1:3] if (best / name).exists()]:
-            shutil.copy(path, out_dir)
-    write_json(accelerator, out_dir / "results.json", results)
-    info["seconds"] = 60 * sum(run["minutes"] for run in runs)
-    write_json(accelerator, out_dir / "run.json", info)
+    results = {**mean, **deviation.add_suffix("_std"), "n": runs[0]["n"], "runs": runs}
+    write_json(Path(cfg.out_dir, "seeds.json"), results)
+    print0(f"wrote {cfg.out_dir}/seeds.json; the best model of these: "
+           f"{max(runs, key=lambda run: run['f1'])['model']}")
     return results
 
 
@@ -711,7 +690,7 @@ def print_predictions(cfg, accelerator):
 
 
 def check_config(cfg):
-    """Raise UserError for options that cannot be. Returns the numbers of --seeds."""
+    """Raise UserError for options that cannot be."""
     check_range(cfg, 1, "max_epochs", "batch_size", "gradient_accumulation_steps",
                 "eval_batch_size", "log_interval", "keep_checkpoints")
     check_range(cfg, 0, "max_iters", "max_length", "length_window", "learning_rate",
@@ -736,7 +715,6 @@ def check_config(cfg):
     for message, is_wrong in wrong.items():
         if is_wrong and message.split()[0] not in unsaid:
             raise UserError(f"--{message}, not {getattr(cfg, message.split()[0])!r}", 2)
-    return [int(word) for word in words]
 
 
 def main(cfg):
@@ -748,40 +726,14 @@ def main(cfg):
     transformers.utils.logging.disable_progress_bar()
     if cfg.predict:
         return print_predictions(cfg, runtime.make_accelerator(cfg.mixed_precision))
+    if cfg.seeds and not cfg.eval_only:
+        return train_seeds(cfg)
     with runtime.hold_run("finetune_mrpc.py", cfg.out_dir) as stop:
         if not cfg.eval_only:
-            return run(cfg, stop)
+            return train(cfg, stop)
         accelerator = runtime.make_accelerator(cfg.mixed_precision)
         data, labels = load_pairs(cfg)
         return report(cfg, accelerator, data, labels, finetuned_model(cfg), "eval-")
-
-
-def run(cfg, stop):
-    """Train with one seed or several, in a folder that is locked. stop: a StopSignal."""
-    out_dir = Path(cfg.out_dir)
-    single = (out_dir / "log.csv").exists()
-    several = cfg.seeds or (cfg.resume and not single and any(out_dir.glob("seed-*")))
-    if several and single:
-        raise UserError(f"{out_dir} holds a run with one seed; choose another --out_dir")
-    if not (several or cfg.overwrite) and any(out_dir.glob("seed-*/checkpoint-*")) and not single:
-        raise UserError(f"{out_dir} holds a run with several seeds; continue with --resume, start "
-                        "again with --overwrite, or choose another --out_dir")
-    if several and cfg.resume and not cfg.overwrite:
-        with one_line(f"cannot resume {out_dir}", kinds=(OSError, ValueError)):
-            folder, saved = None, runtime.read_run(out_dir)
-    else:
-        folder, saved = runtime.find_run(out_dir, cfg.resume, cfg.overwrite)
-    if cfg.resume:
-        if not isinstance(saved.get("config"), dict):
-            raise UserError(f"{out_dir} holds no run of this script; choose another --out_dir")
-        cfg = runtime.resume_settings(cfg, saved["config"] | {"predict": (), "compare": ()})
-    seeds = check_config(cfg)
-    print0("configuration:", ", ".join(f"{k}={v!r}" for k, v in changed(cfg).items()) or "defaults")
-    accelerator = runtime.make_accelerator(cfg.mixed_precision)
-    data, labels = load_pairs(cfg)
-    if seeds:
-        return train_seeds(cfg, accelerator, data, labels, stop, seeds)
-    return train(cfg, accelerator, data, labels, stop, (folder, saved))
 
 
 if __name__ == "__main__":

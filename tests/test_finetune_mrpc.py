@@ -665,48 +665,39 @@ def test_a_file_without_one_of_the_labels(recipe, tmp_path):
 
 
 def test_seeds(recipe, tmp_path, capsys, fails, monkeypatch):
-    """A mean over one seed trained three times, or a best folder that is another run's; --resume
-    that does not know the seeds."""
-    cfg = replace(recipe, out_dir=str(tmp_path), seeds="1,2", max_iters=3)
+    """A mean over one seed trained three times, or a best model that is another run's; old runs
+    deleted by a command that fails, or taken for this one's after a killed --overwrite."""
+    cfg = replace(recipe, out_dir=str(tmp_path), seeds="1,02", max_iters=3)
+    again = replace(cfg, resume=True)
+    fails(1, lambda: main(again), "seed-1 holds no checkpoint")
     found = main(cfg)
     runs = [results(tmp_path / f"seed-{s}") for s in (1, 2)]
     assert found["loss"] == pytest.approx((runs[0]["loss"] + runs[1]["loss"]) / 2)
-    assert found["loss_std"] > 0 and found["n"] == 37 and found == results(tmp_path)
-    best = max(runs, key=lambda run: run["f1"])["seed"]
-    assert same_weights(tmp_path / "best", tmp_path / f"seed-{best}" / "best")
-    assert runtime.verify_checksums(tmp_path / "best") is None
-    assert "mean and deviation of 2 seeds" in capsys.readouterr().out
-    fails(1, lambda: main(cfg), "holds a run (best)", "--overwrite")
-    shutil.rmtree(tmp_path / "seed-2")
-    (tmp_path / "results.json").unlink()
-    again = resume(tmp_path)
-    assert again["loss"] == pytest.approx(found["loss"], abs=1e-6)
-    fails(2, lambda: resume(tmp_path, overwrite=True), "exclude each other")
-    one = resume(tmp_path / "seed-1", max_iters=4)  # a run of its own, without the other seeds
-    assert one["seed"] == 1 and not (tmp_path / "seed-1" / "seed-1").exists()
-    assert again["last.f1"] == pytest.approx((runs[0]["last"]["f1"] + runs[1]["last"]["f1"]) / 2)
-    assert runtime.read_run(tmp_path)["seconds"] > 0
-    failing = replace(cfg, overwrite=True, model="no/such")
-    fails(1, lambda: main(failing), "cannot load no/such")  # and the old runs are still there
+    assert found["last.f1"] == pytest.approx((runs[0]["last"]["f1"] + runs[1]["last"]["f1"]) / 2)
+    assert found["loss_std"] > 0 and found["n"] == 37 and found["runs"] == runs
+    assert found == json.loads((tmp_path / "seeds.json").read_text())
+    said, best = capsys.readouterr().out, max(runs, key=lambda run: run["f1"])["seed"]
+    assert "mean and deviation of 2 seeds" in said
+    assert said.endswith(f"the best model of these: {tmp_path / f'seed-{best}' / 'best'}\n")
+    fails(1, lambda: main(cfg), "seed-1 holds a run", "--overwrite")
+    fails(2, lambda: main(replace(again, overwrite=True)), "exclude each other")
+    shutil.rmtree(tmp_path / "seed-2")  # killed before it
+    assert main(again)["loss"] == pytest.approx(found["loss"], abs=1e-6)
+    fails(1, lambda: main(replace(cfg, overwrite=True, model="no/such")), "cannot load no/such")
     assert all(runtime.checkpoints(tmp_path / f"seed-{s}") for s in (1, 2))
-    assert runtime.read_run(tmp_path)["seconds"] > 0
-    (tmp_path / "run.json").write_text("{")
-    fails(1, lambda: resume(tmp_path), "cannot resume")
-    fails(1, lambda: main(replace(recipe, out_dir=str(tmp_path))), "several seeds", "--resume")
-    (tmp_path / "test-predictions.tsv").write_text("of another run")
-    agree = runtime.StopSignal.agree
+
+    changed, agree = {"learning_rate": 1e-3, "max_iters": 4}, runtime.StopSignal.agree
     monkeypatch.setattr(runtime.StopSignal, "agree",
                         lambda *a: (agree(*a)[0], signal.SIGTERM, False))
     with pytest.raises(SystemExit):  # stopped in its first seed
-        main(replace(cfg, overwrite=True, learning_rate=1e-3))
+        main(replace(cfg, overwrite=True, **changed))
     monkeypatch.undo()
-    assert not (tmp_path / "test-predictions.tsv").exists()
-    resume(tmp_path)
-    rates = [runtime.read_run(tmp_path / f"seed-{s}")["config"]["learning_rate"] for s in (1, 2)]
-    made = [runtime.read_log(tmp_path / f"seed-{s}" / "log.csv")[-1]["lr"] for s in (1, 2)]
-    assert rates == [1e-3, 1e-3] and made[0] == made[1]  # not the old run's seed 2
-    main(replace(recipe, out_dir=str(tmp_path), overwrite=True, max_iters=1))
-    assert resume(tmp_path, max_iters=2)["seed"] == recipe.seed  # one run, seed-1 beside it
+    fails(2, lambda: main(replace(again, **changed)), "seed-2", "learning_rate is 0.001 but was")
+    assert checkpoint_names(tmp_path / "seed-2") == [3]
+    one = resume(tmp_path / "seed-1")  # a run of its own, without the other seeds
+    assert one["seed"] == 1 and checkpoint_names(tmp_path / "seed-1") == [4, 1]
+    shutil.rmtree(tmp_path / "seed-2")
+    assert [run["seed"] for run in main(replace(again, **changed))["runs"]] == [1, 2]
 
 
 def test_one_class_is_warned_of(recipe, tmp_path, capsys):
