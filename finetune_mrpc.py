@@ -659,16 +659,11 @@ def train_seeds(cfg):
 
 
 def finetuned_model(cfg):
-    """The folder or name for --eval_only and --predict: a --model with a head, or out_dir/best."""
-    config, best = Path(cfg.model, "config.json"), Path(cfg.out_dir, "best")
-    if config.is_file():  # one without a head is what best/ was made from
-        fine_tuned = b"ForSequenceClassification" in config.read_bytes()
-    else:  # of the hub
-        made_from = None
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            made_from = runtime.read_run(cfg.out_dir)["config"]["model"]
-        fine_tuned = cfg.model not in (Config.model, made_from)
-    if fine_tuned or (cfg.model != Config.model and not best.is_dir()):
+    """For --eval_only and --predict: out_dir/best, or a --model that this was not made from."""
+    best, made_from = Path(cfg.out_dir, "best"), None
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        made_from = runtime.read_run(cfg.out_dir)["config"]["model"]
+    if cfg.model not in (Config.model, made_from):
         return cfg.model
     if not best.is_dir():
         raise UserError(f"{best} does not exist; train first, or name a fine-tuned --model")

@@ -576,6 +576,7 @@ def test_eval_only_and_predict(whole, recipe, home, tmp_path, capsys, fails):
     assert word == table[1][2] and word in ("not_equivalent", "equivalent")
     assert float(probability) == pytest.approx(float(table[1][3]), abs=1e-3)
     shutil.copytree(whole / "best", tmp_path / "best")
+    shutil.copy(whole / "run.json", tmp_path)
     content = bytearray((whole / "best" / "model.safetensors").read_bytes())
     content[-1] ^= 128
     (tmp_path / "best" / "model.safetensors").write_bytes(content)
@@ -584,10 +585,13 @@ def test_eval_only_and_predict(whole, recipe, home, tmp_path, capsys, fails):
     fails(1, lambda: main(nowhere), "not fine-tuned")
     other = replace(recipe, eval_only=True, model="no/such")  # out_dir/best was scored in its place
     fails(1, lambda: main(other), "cannot load no/such")
-    saved = {"config": {"model": other.model}}  # unless best/ was made from it
-    (tmp_path / "run.json").write_text(json.dumps(saved))
-    best = finetune_mrpc.finetuned_model(replace(other, out_dir=str(tmp_path)))
-    assert best == str(tmp_path / "best")
+    head = str(whole / "best")  # of another task, such as NLI: not that, but what was made from it
+    (tmp_path / "run.json").write_text(json.dumps({"config": {"model": head}}))
+    for model, chosen in ((head, tmp_path / "best"), (Config.model, tmp_path / "best"),
+                          (recipe.model, recipe.model)):
+        cfg = replace(recipe, model=model, out_dir=str(tmp_path))
+        assert finetune_mrpc.finetuned_model(cfg) == str(chosen)
+    fails(1, lambda: finetune_mrpc.finetuned_model(Config(out_dir="none")), "train first")
 
 
 def test_a_model_with_labels_in_another_order(whole, recipe, tmp_path, fails):
