@@ -67,6 +67,7 @@ import csv
 import hashlib
 import json
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -218,7 +219,7 @@ def load_model(name, accelerator, names=None):
     if tokenizer.pad_token_id is None:
         raise UserError(f"the tokenizer of {name} has no padding token; choose a model like BERT")
     print0(f"model: {name}, {model.num_parameters() / 1e6:.1f}M parameters, "
-           f"new: {', '.join(new) or 'nothing'}")
+           f"new weights: {', '.join(new) or 'none'}")
     return model.to(accelerator.device), tokenizer
 
 
@@ -670,13 +671,15 @@ def finetuned_model(cfg):
     return str(best)
 
 
-def print_predictions(cfg, accelerator):
+def print_predictions(cfg):
     """Print the predictions for a file's pairs (a TSV) or two texts (a line); returns a table."""
     if len(cfg.predict) == 2:
         table = pandas.DataFrame([cfg.predict], columns=COLUMNS[:2])
     else:
         table = read_pairs(cfg.predict[0], cfg.columns.split(",")[:2])
-    model, tokenizer = load_model(finetuned_model(cfg), accelerator)
+    with contextlib.redirect_stdout(sys.stderr):  # standard output is the predictions alone
+        accelerator = runtime.make_accelerator(cfg.mixed_precision)
+        model, tokenizer = load_model(finetuned_model(cfg), accelerator)
     logits = predict(cfg, accelerator, model, tokenizer, table)
     table = add_predictions(table, logits, model.config.id2label)
     one = f"{table.prediction[0]} {table.probability[0]:.4f}"
@@ -720,7 +723,7 @@ def main(cfg):
     transformers.utils.logging.set_verbosity_error()  # what it warns of is said here in a line
     transformers.utils.logging.disable_progress_bar()
     if cfg.predict:
-        return print_predictions(cfg, runtime.make_accelerator(cfg.mixed_precision))
+        return print_predictions(cfg)
     if cfg.seeds and not cfg.eval_only:
         return train_seeds(cfg)
     with runtime.hold_run("finetune_mrpc.py", cfg.out_dir) as stop:

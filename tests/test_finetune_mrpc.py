@@ -565,7 +565,9 @@ def test_eval_only_and_predict(whole, recipe, home, tmp_path, capsys, fails):
     (tmp_path / "new.csv").write_text(new)
     capsys.readouterr()
     main(replace(recipe, predict=(str(tmp_path / "new.csv"),)))
-    table = [line.split("\t") for line in capsys.readouterr().out.splitlines()[-3:]]
+    said = capsys.readouterr()  # a note as the first line of `--predict new.csv > new.tsv`
+    table = [line.split("\t") for line in said.out.splitlines()]
+    assert len(table) == 3 and "new weights: none" in said.err
     assert table[0] == ["sentence1", "sentence2", "prediction", "probability"]
     assert table[1][:2] == ["a firm", "Yes: a firm"]
     for name in ("predict", "compare"):  # an unset shell variable: it began to train
