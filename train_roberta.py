@@ -83,7 +83,7 @@ import torch.nn.functional as F
 import transformers
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_model
-from tokenizers import AddedToken, ByteLevelBPETokenizer
+from tokenizers import AddedToken
 from torch.nn.utils.rnn import pad_sequence
 
 import prepare
@@ -95,6 +95,7 @@ try:  # torch.optim.Muon, faster on some CPUs
 except ModuleNotFoundError:
     from torch.optim import Muon
 
+MASK = AddedToken("<mask>", lstrip=True, special=True)  # takes the space before it along
 EVAL_PROBABILITY = 0.15  # of masking, whatever the training's, so that validation losses compare
 MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
                "vocab.txt", "model.safetensors")  # of a transformers folder; the weights last
@@ -114,21 +115,12 @@ def read_lines(paths):
 
 
 def train_tokenizer(lines, vocab_size):
-    """Train a byte-level BPE on the lines, as the book does. Returns (vocabulary, merges)."""
+    """Train RoBERTa's tokenizer, a byte-level BPE, on the lines, as the book does."""
     # The time grows with the square of a word's length: cut what is longer than any word.
     pieces = (piece for line in lines for piece in re.findall(r"\s*\S{1,1000}", line))
-    specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(pieces, vocab_size, 2, special_tokens=specials, show_progress=False)
-    model = json.loads(bpe.to_str())["model"]
-    return model["vocab"], [tuple(pair) for pair in model["merges"]]
-
-
-def make_tokenizer(vocab, merges):
-    """RoBERTa's tokenizer from a vocabulary and merges, or the names of their files."""
-    # lstrip: <mask> takes the space before it along, as the word does that it hides
-    mask = AddedToken("<mask>", lstrip=True, special=True)
-    return transformers.RobertaTokenizer(vocab=vocab, merges=merges, mask_token=mask)
+    ids = {name: i for i, name in enumerate(("<s>", "<pad>", "</s>", "<unk>", "<mask>"))}
+    blank = transformers.RobertaTokenizer(ids, [], mask_token=MASK)
+    return blank.train_new_from_iterator(pieces, vocab_size, min_frequency=2, show_progress=False)
 
 
 def open_tokenizer(path):
@@ -140,7 +132,7 @@ def open_tokenizer(path):
         raise UserError(f"--tokenizer {path} is no folder, and no tokenizer.json in one", 2)
     with one_line(f"--tokenizer {path} cannot be read"):  # tokenizers raises plain Exceptions
         if (folder / "vocab.json").exists() and not (folder / "tokenizer.json").exists():
-            tokenizer = make_tokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+            tokenizer = transformers.RobertaTokenizer.from_pretrained(folder, mask_token=MASK)
         else:
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False)
@@ -605,8 +597,8 @@ def train(cfg, accelerator, lines, stop, start, saved):
     if cfg.tokenizer or start:
         tokenizer = open_tokenizer(cfg.tokenizer or start)
     else:
-        made = broadcast_object_list([train_tokenizer(lines, cfg.vocab_size) if first else None])
-        tokenizer = make_tokenizer(*made[0])
+        trained = train_tokenizer(lines, cfg.vocab_size) if first else None
+        tokenizer = broadcast_object_list([trained])[0]
     # RoBERTa's positions start behind the padding's id.
     tokenizer.model_max_length = cfg.max_position_embeddings - tokenizer.pad_token_id - 1
     if cfg.block_size > tokenizer.model_max_length:

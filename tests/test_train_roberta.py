@@ -170,6 +170,17 @@ def test_encode_lines_and_blocks(tokenizer):
     assert len(encode(["duty"], tokenizer, 40, packing=True)[0]) < 38  # one short text, one block
 
 
+def test_the_tokenizer_is_the_books(text):
+    """Other tokens than the class learns that the book uses; names of special tokens in a text."""
+    lines = [*train_roberta.read_lines([text]), *["antinomy of <mask>, </s>"] * 3, "quid juris"]
+    names = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    book = tokenizers.ByteLevelBPETokenizer()
+    book.train_from_iterator(lines, 5000, 2, special_tokens=names, show_progress=False)
+    ours = train_roberta.train_tokenizer(lines, 5000).backend_tokenizer
+    one, other = (json.loads(engine.to_str())["model"] for engine in (ours, book))
+    assert one["vocab"] == other["vocab"] and one["merges"] == other["merges"]
+
+
 def test_a_text_without_blanks_trains_a_tokenizer():
     """The merges of one endless word take time that grows with the square of its length."""
     random = np.random.default_rng(0)
@@ -228,8 +239,7 @@ def test_resume_is_bit_exact(text, tmp_path, more):
 @pytest.mark.parametrize("n_head, n_embd", [(2, 128), (3, 93), (1, 33)])
 def test_local_heads_begin_at_their_neighbours(n_head, n_embd):
     """Would catch a wrong angle, a head that looks elsewhere, other weights than an odd width's."""
-    tokenizer = train_roberta.make_tokenizer({"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3,
-                                              "<mask>": 4, "a": 5}, [])
+    tokenizer = train_roberta.train_tokenizer(["a"], 261)
     model = train_roberta.make_model(config("", "", n_head=n_head, n_embd=n_embd, dropout=0.0,
                                             local_heads=True, init_std=0.04), tokenizer).eval()
     model.set_attn_implementation("eager")
