@@ -400,15 +400,8 @@ class RunCallback(transformers.TrainerCallback):
         first = state.is_world_process_zero
         self.log = runtime.RunLog(args.output_dir, self.last, self.done, first,
                                   [*runtime.LOG_COLUMNS, "val_accuracy"])
-        self.tokens, self.updating = state.num_input_tokens_seen, 0.0  # at, and since, the last row
+        self.tokens, self.seconds = state.num_input_tokens_seen, 0.0  # of updates, at the last row
         self.clock = time.perf_counter()
-
-    def lap(self, stage):
-        """Count the time since the last call as `stage`, and return it."""
-        seconds = time.perf_counter() - self.clock
-        self.clock += seconds
-        self.log.seconds[stage] = self.log.seconds.get(stage, 0.0) + seconds
-        return seconds
 
     def on_step_begin(self, args, state, control, **kwargs):
         """Dropout is a function of the place in the run: there is no random state to save."""
@@ -426,7 +419,9 @@ class RunCallback(transformers.TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         """A signal to any process stops all of them after this update, with a checkpoint."""
-        self.updating += self.lap("updates")
+        now = time.perf_counter()
+        self.log.seconds["updates"] += now - self.clock
+        self.clock = now
         self.log.progress(state.global_step)
         _, self.signum, late = self.stop.agree(self.accelerator)
         last = state.global_step == self.last
@@ -440,9 +435,9 @@ class RunCallback(transformers.TrainerCallback):
     def on_log(self, args, state, control, logs, **kwargs):
         if "loss" not in logs:  # an evaluation or the summary
             return
-        tokens = state.num_input_tokens_seen
-        speed = round((tokens - self.tokens) / self.updating)
-        self.tokens, self.updating = tokens, 0.0
+        tokens, seconds = state.num_input_tokens_seen, self.log.seconds["updates"]
+        speed = round((tokens - self.tokens) / (seconds - self.seconds))
+        self.tokens, self.seconds = tokens, seconds
         self.row = {"iter": state.global_step, "tokens": tokens, "lr": logs["learning_rate"],
                     "loss": logs["loss"], "grad_norm": logs["grad_norm"], "tokens_per_s": speed}
         self.log.progress(state.global_step, f"loss {logs['loss']:.4f}, {speed:,} tokens/s")
@@ -456,11 +451,11 @@ class RunCallback(transformers.TrainerCallback):
         self.log.print(f"iteration {state.global_step:,}: val loss {loss:.4f}, perplexity "
                        f"{runtime.perplexity(loss):.2f}, masked accuracy {accuracy:.1%}")
         self.log.plot(unit="masked token", resumed=self.resumed)
-        self.lap("evaluation")
+        self.clock = time.perf_counter()
 
     def on_save(self, args, state, control, **kwargs):
         self.stop.saved_at = time.monotonic()
-        self.lap("saving")
+        self.clock = time.perf_counter()
 
     def on_train_end(self, args, state, control, **kwargs):
         self.log.print(f"trained for {self.log.close()}")
