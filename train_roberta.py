@@ -22,7 +22,7 @@ class Config:
     """Train a RoBERTa and its tokenizer on a text, then let it fill in a masked word."""
 
     # text and tokenizer
-    source: str = "kant"  # preset, file, folder, 'glob/*.txt' or URL; blank lines are skipped
+    source: str = "kant"  # file, folder, 'glob/*.txt', URL or preset (none of the hub's)
     tokenizer: str | None = None  # tokenizer folder or tokenizer.json; None: train one on the text
     vocab_size: int = 52_000  # of the tokenizer trained here, at most: a small text gives fewer
     block_size: int = 128  # tokens an example at most, <s> and </s> included
@@ -531,6 +531,9 @@ def check(cfg):
     check_range(cfg, 0, "seed", high=2**32 - 1)  # numpy's limit
     check_range(cfg, 3, "block_size")  # <s>, a token, </s>
     check_range(cfg, 261, "vocab_size")  # 256 bytes and 5 special tokens
+    if prepare.preset_source(cfg.source).startswith("hf:"):
+        raise UserError(f"--source {cfg.source} is a data set of the hub, which only prepare.py "
+                        "reads; write its texts into a file and give that", 2)
     if cfg.n_embd % cfg.n_head:
         raise UserError(f"--n_embd {cfg.n_embd} is no multiple of --n_head {cfg.n_head}", 2)
 

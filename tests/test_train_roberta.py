@@ -440,6 +440,7 @@ def test_odd_texts_train(data, packing, tmp_path):
     (b"reason", {"tokenizer": "nowhere"}, 2, "--tokenizer nowhere is no folder"),
     (b"reason", {"vocab_size": 100}, 2, "--vocab_size must be 261 or more, not 100"),
     (b"reason", {"n_head": 3}, 2, "no multiple of --n_head 3"),
+    (b"reason", {"source": "azwiki"}, 2, "--source azwiki is a data set of the hub"),
     (b"reason", {"mlm_probability": 0.0}, 2, "--mlm_probability"),
     (b"reason", {"block_size": 600}, 2, "--max_position_embeddings 602"),
     (b"reason", {"seed": 2**64}, 2, "--seed"), (b"reason", {"grad_clip": -1.0}, 2, "--grad_clip"),
@@ -450,7 +451,8 @@ def test_errors_are_one_line(data, changes, code, words, tmp_path, fails):
     """What is wrong, in one line, with the promised exit code."""
     if data is not None:
         (tmp_path / "text.txt").write_bytes(data)
-    fails(code, lambda: train(tmp_path / "text.txt", tmp_path / "run", **changes), words)
+    changes = {"source": str(tmp_path / "text.txt")} | changes
+    fails(code, lambda: train(None, tmp_path / "run", **changes), words)
 
 
 # ---- what is left behind
