@@ -409,10 +409,8 @@ class RunCallback(transformers.TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
         """Skip an update whose gradient is not finite; ten in a row end the run."""
-        # The Trainer has clipped: by a norm that is not finite, which leaves only 0 and nan.
-        grads = [p.grad for p in model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
-        if self.bad.count(bool(norm.isfinite()), state.global_step + 1):
+        norm = float(state.grad_norm)
+        if self.bad.count(math.isfinite(norm), state.global_step + 1):
             model.zero_grad()  # without a gradient the optimizer leaves every weight as it is
             self.log.print(f"warning: iteration {state.global_step + 1}: gradient norm "
                            f"{norm:.3g}, update skipped")
@@ -469,6 +467,11 @@ class Trainer(transformers.Trainer):
         self.run, self.keep = run, keep
         self.began = time.perf_counter() - run["seconds"]
         super().__init__(**kwargs)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """Keep it for the callback: a gradient clipped by an infinite norm is all zeros."""
+        self.state.grad_norm = super()._get_grad_norm(model, grad_norm)
+        return self.state.grad_norm
 
     def _load_rng_state(self, checkpoint):
         """There is none: dropout is a function of the place in the run."""
