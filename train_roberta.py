@@ -26,7 +26,7 @@ class Config:
     tokenizer: str | None = None  # tokenizer folder or tokenizer.json; None: train one on the text
     vocab_size: int = 52_000  # of the tokenizer trained here, at most: a small text gives fewer
     block_size: int = 128  # tokens an example at most, <s> and </s> included
-    packing: bool = False  # False: an example is a line; True: lines joined into full blocks
+    packing: bool = False  # False: an example is a line; True: a full block of the joined lines
     mlm_probability: float = 0.15  # share of the tokens to predict; evaluation is always at 0.15
     val_fraction: float = 0.1  # share of the lines held out for evaluation: the last ones
     # model
@@ -211,8 +211,9 @@ class MaskedDataset(torch.utils.data.Dataset):
 
 
 def collate(examples, pad_id):
-    """B (ids, labels) pairs -> one batch without padding to speak of: short examples share a row
-    (first fit, rows of 64 tokens or of the longest example) and do not see each other.
+    """B (ids, labels) pairs -> one batch that row sharing keeps almost free of padding: short
+    examples share a row (first fit, rows of 64 tokens or of the longest example) and do not see
+    each other. --packing is another thing: it makes examples of full length.
 
     Returns input_ids, position_ids and segments, each (R, T): segments numbers the examples from 1
     and is 0 on padding; labels and where, each (B, L): where each label's token is in R x T.
@@ -478,7 +479,7 @@ class Trainer(transformers.Trainer):
 
     def _save_checkpoint(self, model, trial):
         """Write aside what train(resume_from_checkpoint=...) reads; rename it when it is whole."""
-        # Private, for want of a public way around a save: the Trainer's own writes in place, so
+        # Private, because no public method replaces a save: the Trainer's own writes in place, so
         # that a kill leaves half a checkpoint, and pickles its arguments and the random state.
         def write(folder):
             if self.args.should_save:
@@ -664,7 +665,7 @@ def train(cfg, accelerator, lines, stop, start, saved):
         preprocess_logits_for_metrics=example_statistics, compute_metrics=compute_metrics)
     trainer.remove_callback(transformers.PrinterCallback)
     try:
-        if start:  # of missing weights the Trainer only warns
+        if start:  # the strict check: train() loads the file again, and only warns of what misses
             load_model(model, start / "model.safetensors")
         trainer.train(resume_from_checkpoint=start and str(start))
     except Exception as error:  # while it loads: right checksums say nothing of the contents

@@ -96,8 +96,8 @@ def test_loss_and_gradient_equal_transformers(tokenizer):
     examples = [np.arange(10, 10 + n, dtype=np.int32) for n in (3, 30, 1, 17, 8, 22, 5)]
     masked = MaskedDataset(examples, tokenizer, seed=1, probability=0.4)
     pairs = [masked[i] for i in range(len(examples))]
-    packed = collate(pairs, tokenizer.pad_token_id)
-    assert packed["input_ids"].shape[0] < len(pairs)  # they do share rows
+    shared = collate(pairs, tokenizer.pad_token_id)
+    assert shared["input_ids"].shape[0] < len(pairs)  # they do share rows
     ids, labels = ([torch.from_numpy(x) for x in column] for column in zip(*pairs, strict=True))
     ids = pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id)
     labels = pad_sequence(labels, batch_first=True, padding_value=-100)
@@ -106,7 +106,7 @@ def test_loss_and_gradient_equal_transformers(tokenizer):
     theirs = transformers.RobertaForMaskedLM(ours.config).eval()
     theirs.load_state_dict(ours.state_dict())
     expected = theirs(**plain, labels=labels)
-    loss = ours(**packed).loss
+    loss = ours(**shared).loss
     assert loss.item() == pytest.approx(expected.loss.item(), abs=1e-5)
     loss.backward()
     expected.loss.backward()
