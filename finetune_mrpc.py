@@ -134,9 +134,9 @@ def read_pairs(path, columns=COLUMNS):
 
 
 def load_pairs(cfg):
-    """({'train': table, 'validation': table, perhaps 'test'}, {label in the file: its name}). The
-    files' pairs; without a --train_file to train on MRPC's from the hub, each file in place of one
-    of its splits. In the tables a label is its place among the labels."""
+    """({'train': table, 'validation': table, perhaps 'test'}, {label in the file: its name}), from
+    the files; to train without a --train_file, MRPC from the hub, where each file replaces one
+    split. In the tables a label is its place among the labels."""
     files = {"train": cfg.train_file, "validation": cfg.validation_file, "test": cfg.test_file}
     columns = cfg.columns.split(",")
     data = {split: read_pairs(path, columns) for split, path in files.items() if path}
@@ -660,7 +660,7 @@ def train_seeds(cfg):
 
 
 def finetuned_model(cfg):
-    """For --eval_only and --predict: out_dir/best, or a --model that this was not made from."""
+    """What --eval_only and --predict load: best/, or a --model that best/ was not made from."""
     best, made_from = Path(cfg.out_dir, "best"), None
     with contextlib.suppress(OSError, ValueError, KeyError):
         made_from = runtime.read_run(cfg.out_dir)["config"]["model"]
