@@ -232,7 +232,8 @@ def label_ids(model, labels):
             ids = [own[spell(name)] for name in names if spell(name) in own]
             if len(set(ids)) == len(labels):
                 return ids
-    if all(label.isdecimal() and int(label) < len(own) for label in labels):
+    numbers = any(name.isdecimal() for name in own)  # 1, 2 and 3 are no 0, 1 and 2
+    if not numbers and all(label.isdecimal() and int(label) < len(own) for label in labels):
         return [int(label) for label in labels]
     raise UserError(f"the pairs are labelled {', '.join(labels)}, but the model knows "
                     f"{', '.join(own)}; rename the labels in one of them")

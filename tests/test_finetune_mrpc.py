@@ -629,6 +629,10 @@ def test_a_model_with_labels_in_another_order(whole, recipe, tmp_path, fails):
     config |= {"id2label": {"0": "yes", "1": "no", "2": "c"}}
     (tmp_path / "mirror" / "config.json").write_text(json.dumps(config))
     fails(1, lambda: main(cfg), "labelled Yes, no, yes", "model knows yes, no, c")
+    config |= {"id2label": {"0": "1", "1": "2", "2": "3"}}  # 1 was taken for 2
+    (tmp_path / "mirror" / "config.json").write_text(json.dumps(config))
+    cfg = replace(cfg, validation_file=recipe.validation_file)
+    fails(1, lambda: main(cfg), "labelled 0, 1,", "model knows 1, 2, 3")
 
 
 def test_three_labels_from_other_columns(recipe, home, tmp_path, capsys):
