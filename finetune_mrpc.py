@@ -9,7 +9,7 @@
     python finetune_mrpc.py --compare out/a out/b         # McNemar's test on their predictions
 
 Writes out/mrpc/: best/ (a transformers folder), checkpoint-*, run.json, log.csv, loss.png,
-results.json, predictions.tsv (worst mistakes first), confusion.png.
+results.json, predictions.tsv (worst mistakes first).
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -31,7 +31,7 @@ class Config:
     max_length: int = 0  # tokens a pair, the rest is cut off; 0: as many as the model takes
     # training
     max_epochs: int = 3  # passes over the training pairs, an evaluation after each
-    max_iters: int = 0  # stop early; the learning rate still falls as if for all of max_epochs
+    max_iters: int = 0  # iterations after which to stop, the schedule unchanged; 0: all of it
     batch_size: int = 8  # pairs that a process computes at once
     gradient_accumulation_steps: int = 1  # such batches a process and iteration
     length_window: int = 32  # batches among which pairs are grouped by length; 0: shuffled only
@@ -42,7 +42,7 @@ class Config:
     grad_clip: float = 0.0  # largest norm of the gradient; 0: off
     mixed_precision: Literal["auto", "fp16", "bf16", "no"] = "auto"  # auto: what is fast here
     seed: int = 42  # of the new head, the order of the pairs and dropout
-    seeds: str = ""  # "1,2,3": one run for each, then mean and deviation
+    seeds: str = ""  # "1,2,3": a run for each in out_dir/seed-N, then means and deviations
     # evaluation
     eval_batch_size: int = 32  # changes the speed, not the result
     eval_only: bool = False  # score out_dir/best, or a --model that is fine-tuned already
@@ -67,7 +67,7 @@ import csv
 import hashlib
 import json
 import math
-import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -76,7 +76,7 @@ import pandas
 import torch
 import transformers
 from scipy.stats import binomtest
-from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
+from sklearn.metrics import confusion_matrix
 from sklearn.model_selection import train_test_split
 from torch.nn.functional import cross_entropy
 
@@ -88,9 +88,8 @@ COLUMNS = ["sentence1", "sentence2", "label"]
 MSR_COLUMNS = {"#1 String": "sentence1", "#2 String": "sentence2", "Quality": "label"}
 MRPC_NAMES = {"0": "not_equivalent", "1": "equivalent"}
 METRICS = ["accuracy", "f1", "accuracy_f1_mean"]
-OUTPUTS = ["results.json", "eval-results.json"]
-OUTPUTS += [prefix + name for prefix in ("", "test-", "eval-", "eval-test-")
-            for name in ("predictions.tsv", "confusion.png")]
+OUTPUTS = [prefix + name for prefix in ("", "eval-")
+           for name in ("results.json", "predictions.tsv", "test-predictions.tsv")]
 
 # ---------------------------------------------------------------------------------------------
 # pairs
@@ -125,8 +124,9 @@ def read_pairs(path, columns=COLUMNS):
     table = table[columns].set_axis([*COLUMNS, "prediction"][: len(columns)], axis=1)
     for name, column in zip(table, columns, strict=True):
         if name not in COLUMNS[:2]:  # 1, 1.0 and " 1 " are one label; -1 is GLUE's "unknown"
-            labels = table[name].astype(object).fillna("").map(str).str.strip().replace("-1", "")
-            table[name] = labels.str.replace(r"^0*(\d+)(\.0+)?$", r"\1", regex=True)
+            labels = table[name].astype(object).fillna("").map(str).str.strip()
+            labels = labels.str.replace(r"^(-?)0*(\d+)(\.0+)?$", r"\1\2", regex=True)
+            table[name] = labels.replace("-1", "")
         for row, cell in enumerate(table[name], 1):
             if not isinstance(cell, str) or not cell.strip():
                 raise UserError(f"{path}, pair {row}: {column} is empty, or no text")
@@ -135,7 +135,8 @@ def read_pairs(path, columns=COLUMNS):
 
 def load_pairs(cfg):
     """({'train': table, 'validation': table, perhaps 'test'}, {label in the file: its name}), from
-    the files or else the hub. In the tables a label is its place among the labels."""
+    the files; to train without a --train_file, MRPC from the hub, where each file replaces one
+    split. In the tables a label is its place among the labels."""
     files = {"train": cfg.train_file, "validation": cfg.validation_file, "test": cfg.test_file}
     columns = cfg.columns.split(",")
     data = {split: read_pairs(path, columns) for split, path in files.items() if path}
@@ -201,6 +202,7 @@ def load_model(name, accelerator, names=None):
     with loading(name), accelerator.local_main_process_first():
         safe = {"trust_remote_code": False}  # no code of a stranger's folder
         config = transformers.AutoConfig.from_pretrained(name, **safe)
+        config.id2label = dict(sorted(config.id2label.items()))  # the order of the logits
         own = {str(label).lower() for label in config.id2label.values()}
         if names and own != {label.lower() for label in names}:
             options["ignore_mismatched_sizes"] = len(own) != len(names)  # another task's head
@@ -217,7 +219,7 @@ def load_model(name, accelerator, names=None):
     if tokenizer.pad_token_id is None:
         raise UserError(f"the tokenizer of {name} has no padding token; choose a model like BERT")
     print0(f"model: {name}, {model.num_parameters() / 1e6:.1f}M parameters, "
-           f"new: {', '.join(new) or 'nothing'}")
+           f"new weights: {', '.join(new) or 'none'}")
     return model.to(accelerator.device), tokenizer
 
 
@@ -227,9 +229,11 @@ def label_ids(model, labels):
     for spell in (str, str.lower):  # Yes and yes may be two labels, or one
         own = {spell(str(name)): int(i) for i, name in model.config.id2label.items()}
         for names in (labels.values(), labels):
-            if all(spell(name) in own for name in names):
-                return [own[spell(name)] for name in names]
-    if all(label.isdecimal() and int(label) < len(own) for label in labels):
+            ids = [own[spell(name)] for name in names if spell(name) in own]
+            if len(set(ids)) == len(labels):
+                return ids
+    numbers = any(name.isdecimal() for name in own)  # 1, 2 and 3 are no 0, 1 and 2
+    if not numbers and all(label.isdecimal() and int(label) < len(own) for label in labels):
         return [int(label) for label in labels]
     raise UserError(f"the pairs are labelled {', '.join(labels)}, but the model knows "
                     f"{', '.join(own)}; rename the labels in one of them")
@@ -280,13 +284,13 @@ def predict(cfg, accelerator, model, tokenizer, table):
 
 
 def scores(counts):
-    """{metric: (...)} of confusion matrices (..., label, prediction). F1 is that of the second
-    label where there are two, else the mean over the labels that occur."""
-    right = counts.diagonal(axis1=-2, axis2=-1)  # (..., labels)
-    seen = counts.sum(-1) + counts.sum(-2)  # 0: neither there nor predicted, so not in the mean
+    """{metric: value} of a confusion matrix, an array of shape (label, prediction). F1 is that of
+    the second label where there are two, else the mean over the labels that occur."""
+    right = counts.diagonal()
+    seen = counts.sum(1) + counts.sum(0)  # 0: neither there nor predicted, so not in the mean
     f1 = 2 * right / numpy.maximum(seen, 1)
-    f1 = f1[..., 1] if counts.shape[-1] == 2 else f1.sum(-1) / (seen > 0).sum(-1)
-    accuracy = right.sum(-1) / counts.sum((-1, -2))
+    f1 = f1[1] if len(counts) == 2 else f1.sum() / (seen > 0).sum()
+    accuracy = right.sum() / counts.sum()
     return dict(zip(METRICS, (accuracy, f1, (accuracy + f1) / 2), strict=True))
 
 
@@ -298,9 +302,8 @@ def calibration_error(logits, truth):
     return torch.zeros(10).index_add_(0, bins, gaps).abs().sum().item() / len(truth)
 
 
-def evaluate(cfg, accelerator, model, tokenizer, table, labels, ids, name, temperature=None):
-    """(metrics, logits, confusion matrix) of a model on a table of pairs. ids: the model's, one a
-    label. temperature: of the scaling that calibrates the probabilities; None: the best here."""
+def evaluate(cfg, accelerator, model, tokenizer, table, labels, ids, name):
+    """(metrics, logits) of a model on a table of pairs. ids: the model's, one a label."""
     logits = predict(cfg, accelerator, model, tokenizer, table)[:, ids]
     truth = torch.tensor(table.label.tolist())
     k, n = len(labels), len(table)
@@ -314,22 +317,16 @@ def evaluate(cfg, accelerator, model, tokenizer, table, labels, ids, name, tempe
     if (counts.sum(0) > 0).sum() == 1:
         print0(f"warning: the model calls every pair {[*labels.values()][counts.sum(0).argmax()]}")
     # A bootstrap over the pairs: to draw n of them is to draw n cells of the confusion matrix.
-    times = max(100, min(10_000, 10**7 // k**2))  # 80 MB at most, up to 300 labels
-    drawn = numpy.random.default_rng(0).multinomial(n, counts.ravel() / n, size=times)
-    for m, values in scores(drawn.reshape(-1, k, k)).items():
-        found[f"{m}_interval"] = numpy.quantile(values, [0.025, 0.975]).tolist()
-    if temperature is None:
-        grid = torch.logspace(-1, 1, 201).tolist()
-        temperature = min(grid, key=lambda t: cross_entropy(logits / t, truth).item())
-    found |= {"n": n, "temperature": temperature, "ece": calibration_error(logits, truth),
-              "ece_scaled": calibration_error(logits / temperature, truth)}
-    return found, logits, counts
+    draw = numpy.random.default_rng(0).multinomial
+    drawn = [scores(draw(n, counts.ravel() / n).reshape(k, k)) for _ in range(1000)]
+    for m in METRICS:
+        found[f"{m}_interval"] = numpy.quantile([s[m] for s in drawn], [0.025, 0.975]).tolist()
+    found |= {"n": n, "ece": calibration_error(logits, truth), "confusion": counts.tolist()}
+    return found, logits
 
 
 def report(cfg, accelerator, data, labels, folder, prefix="", **more):
-    """Score the model in `folder`; write results.json, predictions.tsv and confusion.png."""
-    from matplotlib.figure import Figure  # here: training starts without it
-
+    """Score the model in `folder`; write results.json and predictions.tsv."""
     model, tokenizer = load_model(folder, accelerator)
     out_dir = Path(cfg.out_dir)
     ids = label_ids(model, labels)
@@ -341,14 +338,12 @@ def report(cfg, accelerator, data, labels, folder, prefix="", **more):
         labels = dict(spelled.get(i, (str(name), str(name))) for i, name in own.items())
         ids = list(own)
     results = {"labels": list(labels.values()), "model": folder, **more}
-    temperature = None
     for split in [s for s in ("validation", "test") if s in data]:
-        found, logits, counts = evaluate(cfg, accelerator, model, tokenizer, data[split], labels,
-                                         ids, f"{split}, {folder}", temperature)
-        temperature = found["temperature"]  # chosen on the validation pairs, as the epoch is
-        (low, high), ece = found["accuracy_interval"], found["ece"]
-        print0(f"{split}: accuracy {low:.3f} to {high:.3f} (95 %), calibration error {ece:.3f}, "
-               f"{found['ece_scaled']:.3f} at temperature {temperature:.2f}")
+        found, logits = evaluate(cfg, accelerator, model, tokenizer, data[split], labels, ids,
+                                 f"{split}, {folder}")
+        low, high = found["accuracy_interval"]
+        print0(f"{split}: accuracy {low:.3f} to {high:.3f} (95 %), calibration error "
+               f"{found['ece']:.3f}")
         results |= found if split == "validation" else {"test": found}
         name = prefix + "test-" * (split == "test")
         if accelerator.is_main_process:
@@ -359,20 +354,14 @@ def report(cfg, accelerator, data, labels, folder, prefix="", **more):
                 order = (table.probability * (1 - 2 * wrong)).argsort()  # worst mistakes first
                 runtime.write_text(out_dir / f"{name}predictions.tsv",
                                    tab_separated(table.iloc[order]) + "\n")
-                figure = Figure(layout="constrained")
-                picture = ConfusionMatrixDisplay(counts, display_labels=[
-                    name.replace("$", r"\$") for name in labels.values()])  # $5_$ is no formula
-                picture.plot(ax=figure.subplots(), cmap="Blues", colorbar=False)
-                figure.savefig(out_dir / f"{name}confusion.png")
-    write_json(accelerator, out_dir / f"{prefix}results.json", results)
-    print0(f"wrote {prefix}results.json, {name}predictions.tsv and {name}confusion.png into "
-           f"{out_dir}")
+    write_json(out_dir / f"{prefix}results.json", results)
+    print0(f"wrote {prefix}results.json and {name}predictions.tsv into {out_dir}")
     return results
 
 
-def write_json(accelerator, path, content):
+def write_json(path, content):
     """Write a JSON file, from the first process."""
-    if accelerator.is_main_process:
+    if runtime.is_first_process():
         with runtime.disk_errors(path.parent):
             runtime.write_text(path, json.dumps(content, indent=2) + "\n")
 
@@ -466,14 +455,20 @@ def forward_backward(cfg, accelerator, model, collate, pairs, iteration):
     return total
 
 
-def train(cfg, accelerator, data, labels, stop, start, begin=None):
-    """One run with one seed, from beginning to end. Returns what results.json says.
-
-    start: (checkpoint folder, its run.json) or (None, {}). begin: called when nothing can fail any
-    more, before the old run is deleted.
-    """
-    # ---- model and pairs
+def train(cfg, stop):
+    """A run in a folder that is locked, from beginning to end. stop: a StopSignal. Returns what
+    results.json says."""
+    # ---- settings, pairs and model
     out_dir = Path(cfg.out_dir)
+    folder, saved = runtime.find_run(out_dir, cfg.resume, cfg.overwrite)
+    if folder:
+        if "config" not in saved:
+            raise UserError(f"{out_dir} holds no run of this script; choose another --out_dir")
+        cfg = runtime.resume_settings(cfg, saved["config"] | {"predict": (), "compare": ()})
+        check_config(cfg)
+    print0("configuration:", ", ".join(f"{k}={v!r}" for k, v in changed(cfg).items()) or "defaults")
+    accelerator = runtime.make_accelerator(cfg.mixed_precision)
+    data, labels = load_pairs(cfg)
     torch.manual_seed(cfg.seed)  # of the new head
     model, tokenizer = load_model(cfg.model, accelerator, list(labels.values()))
     model.config.both_orders = cfg.both_orders  # best/ knows how to predict
@@ -496,7 +491,6 @@ def train(cfg, accelerator, data, labels, stop, start, begin=None):
     if cfg.warmup_iters >= total:
         raise UserError(f"--warmup_iters={cfg.warmup_iters} leaves none of {total} iterations", 2)
     same = what_stays(cfg, data, labels, global_batch)
-    folder, saved = start
     state = {"iteration": 0, "tokens": 0, "loss_sum": 0.0, "loss_pairs": 0, "skipped": 0,
              "metrics": None, "best_f1": -1.0, "resumed": [], "total": total}
     if folder:
@@ -504,8 +498,7 @@ def train(cfg, accelerator, data, labels, stop, start, begin=None):
         was = saved.get("state", {})
         if was.keys() != state.keys() or was["iteration"] != int(folder.name[11:]):
             raise UserError(f"{folder} is of another version; start a new --out_dir")
-        done, limit = was["iteration"], "--max_iters (0: all)" if end < total else "--max_epochs"
-        extend = f"to extend it give a higher {limit}"
+        done, extend = was["iteration"], "to extend it give a higher --max_iters or --max_epochs"
         if end < done:
             raise UserError(f"{folder} is past the {end} iterations asked for; {extend}", 2)
         print0(f"resuming from {folder}" if done < end else
@@ -524,14 +517,12 @@ def train(cfg, accelerator, data, labels, stop, start, begin=None):
     if folder:
         runtime.load_checkpoint(accelerator, folder, [optimizer])
     accelerator.wait_for_everyone()
-    if begin:
-        begin()
     if accelerator.is_main_process and cfg.overwrite:
         runtime.clear_run(out_dir, *OUTPUTS)
     info = {"script": "finetune_mrpc.py", "config": asdict(cfg), "same": same, "state": state,
             "started": saved.get("started") or time.strftime("%Y-%m-%d %H:%M"),
             "seconds": saved.get("seconds", 0.0), "machine": runtime.describe_machine(accelerator)}
-    write_json(accelerator, out_dir / "run.json", info)
+    write_json(out_dir / "run.json", info)
     log = runtime.RunLog(out_dir, end, state["iteration"], accelerator.is_main_process,
                          [*runtime.LOG_COLUMNS, *METRICS])
     began = log.began - info["seconds"]
@@ -544,13 +535,13 @@ def train(cfg, accelerator, data, labels, stop, start, begin=None):
             return evaluate(cfg, accelerator, bare, tokenizer, data["validation"], labels,
                             ids, f"iteration {iteration}")[0]
 
-    def write(folder):
-        """A checkpoint has what --resume needs, best/ is a transformers folder."""
-        if folder.name != ".tmp-best":
-            accelerator.save_state(str(folder))
-            info["seconds"] = time.perf_counter() - began
-            write_json(accelerator, folder / "run.json", info)
-        elif accelerator.is_main_process:
+    def save(folder):  # what --resume needs
+        accelerator.save_state(str(folder))
+        info["seconds"] = time.perf_counter() - began
+        write_json(folder / "run.json", info)
+
+    def export(folder):  # a transformers folder
+        if accelerator.is_main_process:
             bare.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
 
@@ -599,7 +590,7 @@ def train(cfg, accelerator, data, labels, stop, start, begin=None):
             row |= {name: found[name] for name in METRICS} | {"val_loss": found["loss"]}
             row["train_loss"] = state["loss_sum"] / max(1, state["loss_pairs"])
             if found["f1"] > state["best_f1"]:
-                runtime.save_checkpoint(accelerator, out_dir / "best", write)
+                runtime.save_checkpoint(accelerator, out_dir / "best", export)
                 state["best_f1"] = found["f1"]
             state.update(metrics=found, loss_sum=0.0, loss_pairs=0)
 
@@ -608,7 +599,7 @@ def train(cfg, accelerator, data, labels, stop, start, begin=None):
             log.write(row)
         if epoch_ends or done == end or signum or late:
             checkpoint = out_dir / f"checkpoint-{done:06d}"
-            runtime.save_checkpoint(accelerator, checkpoint, write, cfg.keep_checkpoints)
+            runtime.save_checkpoint(accelerator, checkpoint, save, cfg.keep_checkpoints)
             stop.saved_at = time.monotonic()
         if signum:
             break
@@ -622,7 +613,7 @@ def train(cfg, accelerator, data, labels, stop, start, begin=None):
     if end % per_epoch:  # no checkpoint knows of this: one that resumes ends as if never stopped
         state["metrics"] = validate(end)
         if state["best_f1"] < 0:
-            runtime.save_checkpoint(accelerator, out_dir / "best", write)
+            runtime.save_checkpoint(accelerator, out_dir / "best", export)
     print0("time:", log.close())
     log.plot(METRICS[:2], "pair", state["resumed"])
     return report(cfg, accelerator, data, labels, str(out_dir / "best"), seed=cfg.seed,
@@ -640,51 +631,28 @@ def what_stays(cfg, data, labels, global_batch):
     return same
 
 
-def train_seeds(cfg, accelerator, data, labels, stop, seeds):
-    """A run for each seed, in out_dir/seed-N; out_dir gets the means and the best run's files."""
-    out_dir = Path(cfg.out_dir)
-    jobs = []
-    for seed in seeds:  # all folders are looked at before the first run starts
-        folder = out_dir / f"seed-{seed}"
-        resume = cfg.resume and bool(runtime.checkpoints(folder))
-        one = replace(cfg, seed=seed, seeds="", out_dir=str(folder), resume=resume,
+def train_seeds(cfg):
+    """main() once a seed, in out_dir/seed-N. Writes seeds.json: means, deviations and all runs."""
+    jobs, free = [], dict.fromkeys(("out_dir", "resume", "overwrite", "predict", "compare"))
+    for seed in cfg.seeds.split(","):  # all folders are looked at before the first run starts
+        folder = Path(cfg.out_dir, f"seed-{int(seed)}")
+        resume = cfg.resume and bool(not jobs or runtime.checkpoints(folder))
+        one = replace(cfg, seed=int(seed), seeds="", out_dir=str(folder), resume=resume,
                       overwrite=cfg.overwrite or (cfg.resume and not resume))
-        jobs.append((one, runtime.find_run(folder, resume, one.overwrite)))
-    info = {"script": "finetune_mrpc.py", "config": asdict(cfg),
-            "started": time.strftime("%Y-%m-%d %H:%M")}
-
-    def begin():
-        if accelerator.is_main_process and cfg.overwrite:  # a resume would take old runs for ours
-            for folder in (out_dir, *out_dir.glob("seed-*/")):
-                runtime.clear_run(folder, *OUTPUTS)
-        write_json(accelerator, out_dir / "run.json", info)
-
-    runs = []
-    for one, start in jobs:
-        print0(f"\nseed {one.seed}, in {one.out_dir}")
-        Path(one.out_dir).mkdir(exist_ok=True)
-        runs.append(train(one, accelerator, data, labels, stop, start, None if runs else begin))
-    figures = pandas.json_normalize(runs).drop(columns="seed").select_dtypes("number")
+        start, saved = runtime.find_run(folder, resume, one.overwrite)
+        if start:  # an old run, which a killed --overwrite did not come to, is not taken for ours
+            runtime.check_same(start, saved.get("config", {}) | free, asdict(one) | free)
+        jobs.append(one)
+    runs = [main(one) for one in jobs]
+    figures = pandas.json_normalize(runs).drop(columns=["seed", "n"]).select_dtypes("number")
     mean, deviation = figures.mean(), figures.std()
-    results = {"seeds": seeds, **mean, **deviation.add_suffix("_std"), "n": runs[0]["n"],
-               "runs": runs}
     for name in [name for name in figures if name.split(".")[-1] in METRICS]:
-        print0(f"{name}, mean and deviation of {len(seeds)} seeds: {mean[name]:.4f} +- "
+        print0(f"{name}, mean and deviation of {len(runs)} seeds: {mean[name]:.4f} +- "
                f"{deviation[name]:.4f}")
-    best = out_dir / f"seed-{max(runs, key=lambda run: run['f1'])['seed']}"
-
-    def copy_best(temporary):
-        if accelerator.is_main_process:
-            shutil.copytree(best / "best", temporary, dirs_exist_ok=True,
-                            ignore=shutil.ignore_patterns("SHA256SUMS"))
-
-    runtime.save_checkpoint(accelerator, out_dir / "best", copy_best)
-    if accelerator.is_main_process:
-        for path in [best / name for name in OUTPUTS[2:] if (best / name).exists()]:
-            shutil.copy(path, out_dir)
-    write_json(accelerator, out_dir / "results.json", results)
-    info["seconds"] = 60 * sum(run["minutes"] for run in runs)
-    write_json(accelerator, out_dir / "run.json", info)
+    results = {**mean, **deviation.add_suffix("_std"), "n": runs[0]["n"], "runs": runs}
+    write_json(Path(cfg.out_dir, "seeds.json"), results)
+    print0(f"wrote {cfg.out_dir}/seeds.json; the best model of these: "
+           f"{max(runs, key=lambda run: run['f1'])['model']}")
     return results
 
 
@@ -693,29 +661,26 @@ def train_seeds(cfg, accelerator, data, labels, stop, seeds):
 
 
 def finetuned_model(cfg):
-    """The folder or name for --eval_only and --predict: a --model with a head, or out_dir/best."""
-    config, best = Path(cfg.model, "config.json"), Path(cfg.out_dir, "best")
-    if config.is_file():  # one without a head is what best/ was made from
-        fine_tuned = b"ForSequenceClassification" in config.read_bytes()
-    else:  # of the hub
-        made_from = None
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            made_from = runtime.read_run(cfg.out_dir)["config"]["model"]
-        fine_tuned = cfg.model not in (Config.model, made_from)
-    if fine_tuned or (cfg.model != Config.model and not best.is_dir()):
+    """What --eval_only and --predict load: best/, or a --model that best/ was not made from."""
+    best, made_from = Path(cfg.out_dir, "best"), None
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        made_from = runtime.read_run(cfg.out_dir)["config"]["model"]
+    if cfg.model not in (Config.model, made_from):
         return cfg.model
     if not best.is_dir():
         raise UserError(f"{best} does not exist; train first, or name a fine-tuned --model")
     return str(best)
 
 
-def print_predictions(cfg, accelerator):
+def print_predictions(cfg):
     """Print the predictions for a file's pairs (a TSV) or two texts (a line); returns a table."""
     if len(cfg.predict) == 2:
         table = pandas.DataFrame([cfg.predict], columns=COLUMNS[:2])
     else:
         table = read_pairs(cfg.predict[0], cfg.columns.split(",")[:2])
-    model, tokenizer = load_model(finetuned_model(cfg), accelerator)
+    with contextlib.redirect_stdout(sys.stderr):  # standard output is the predictions alone
+        accelerator = runtime.make_accelerator(cfg.mixed_precision)
+        model, tokenizer = load_model(finetuned_model(cfg), accelerator)
     logits = predict(cfg, accelerator, model, tokenizer, table)
     table = add_predictions(table, logits, model.config.id2label)
     one = f"{table.prediction[0]} {table.probability[0]:.4f}"
@@ -724,7 +689,7 @@ def print_predictions(cfg, accelerator):
 
 
 def check_config(cfg):
-    """Raise UserError for options that cannot be. Returns the numbers of --seeds."""
+    """Raise UserError for options that cannot be."""
     check_range(cfg, 1, "max_epochs", "batch_size", "gradient_accumulation_steps",
                 "eval_batch_size", "log_interval", "keep_checkpoints")
     check_range(cfg, 0, "max_iters", "max_length", "length_window", "learning_rate",
@@ -749,7 +714,6 @@ def check_config(cfg):
     for message, is_wrong in wrong.items():
         if is_wrong and message.split()[0] not in unsaid:
             raise UserError(f"--{message}, not {getattr(cfg, message.split()[0])!r}", 2)
-    return [int(word) for word in words]
 
 
 def main(cfg):
@@ -760,41 +724,15 @@ def main(cfg):
     transformers.utils.logging.set_verbosity_error()  # what it warns of is said here in a line
     transformers.utils.logging.disable_progress_bar()
     if cfg.predict:
-        return print_predictions(cfg, runtime.make_accelerator(cfg.mixed_precision))
+        return print_predictions(cfg)
+    if cfg.seeds and not cfg.eval_only:
+        return train_seeds(cfg)
     with runtime.hold_run("finetune_mrpc.py", cfg.out_dir) as stop:
         if not cfg.eval_only:
-            return run(cfg, stop)
+            return train(cfg, stop)
         accelerator = runtime.make_accelerator(cfg.mixed_precision)
         data, labels = load_pairs(cfg)
         return report(cfg, accelerator, data, labels, finetuned_model(cfg), "eval-")
-
-
-def run(cfg, stop):
-    """Train with one seed or several, in a folder that is locked. stop: a StopSignal."""
-    out_dir = Path(cfg.out_dir)
-    single = (out_dir / "log.csv").exists()
-    several = cfg.seeds or (cfg.resume and not single and any(out_dir.glob("seed-*")))
-    if several and single:
-        raise UserError(f"{out_dir} holds a run with one seed; choose another --out_dir")
-    if not (several or cfg.overwrite) and any(out_dir.glob("seed-*/checkpoint-*")) and not single:
-        raise UserError(f"{out_dir} holds a run with several seeds; continue with --resume, start "
-                        "again with --overwrite, or choose another --out_dir")
-    if several and cfg.resume and not cfg.overwrite:
-        with one_line(f"cannot resume {out_dir}", kinds=(OSError, ValueError)):
-            folder, saved = None, runtime.read_run(out_dir)
-    else:
-        folder, saved = runtime.find_run(out_dir, cfg.resume, cfg.overwrite)
-    if cfg.resume:
-        if not isinstance(saved.get("config"), dict):
-            raise UserError(f"{out_dir} holds no run of this script; choose another --out_dir")
-        cfg = runtime.resume_settings(cfg, saved["config"] | {"predict": (), "compare": ()})
-    seeds = check_config(cfg)
-    print0("configuration:", ", ".join(f"{k}={v!r}" for k, v in changed(cfg).items()) or "defaults")
-    accelerator = runtime.make_accelerator(cfg.mixed_precision)
-    data, labels = load_pairs(cfg)
-    if seeds:
-        return train_seeds(cfg, accelerator, data, labels, stop, seeds)
-    return train(cfg, accelerator, data, labels, stop, (folder, saved))
 
 
 if __name__ == "__main__":

@@ -22,11 +22,11 @@ class Config:
     """Train a RoBERTa and its tokenizer on a text, then let it fill in a masked word."""
 
     # text and tokenizer
-    source: str = "kant"  # preset, file, folder, 'glob/*.txt' or URL; blank lines are skipped
+    source: str = "kant"  # file, folder, 'glob/*.txt', URL or preset (none of the hub's)
     tokenizer: str | None = None  # tokenizer folder or tokenizer.json; None: train one on the text
     vocab_size: int = 52_000  # of the tokenizer trained here, at most: a small text gives fewer
     block_size: int = 128  # tokens an example at most, <s> and </s> included
-    packing: bool = False  # False: an example is a line; True: lines joined into full blocks
+    packing: bool = False  # False: an example is a line; True: a full block of the joined lines
     mlm_probability: float = 0.15  # share of the tokens to predict; evaluation is always at 0.15
     val_fraction: float = 0.1  # share of the lines held out for evaluation: the last ones
     # model
@@ -83,7 +83,7 @@ import torch.nn.functional as F
 import transformers
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_model
-from tokenizers import AddedToken, ByteLevelBPETokenizer
+from tokenizers import AddedToken
 from torch.nn.utils.rnn import pad_sequence
 
 import prepare
@@ -95,6 +95,7 @@ try:  # torch.optim.Muon, faster on some CPUs
 except ModuleNotFoundError:
     from torch.optim import Muon
 
+MASK = AddedToken("<mask>", lstrip=True, special=True)  # takes the space before it along
 EVAL_PROBABILITY = 0.15  # of masking, whatever the training's, so that validation losses compare
 MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
                "vocab.txt", "model.safetensors")  # of a transformers folder; the weights last
@@ -114,21 +115,12 @@ def read_lines(paths):
 
 
 def train_tokenizer(lines, vocab_size):
-    """Train a byte-level BPE on the lines, as the book does. Returns (vocabulary, merges)."""
+    """Train RoBERTa's tokenizer, a byte-level BPE, on the lines, as the book does."""
     # The time grows with the square of a word's length: cut what is longer than any word.
     pieces = (piece for line in lines for piece in re.findall(r"\s*\S{1,1000}", line))
-    specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(pieces, vocab_size, 2, special_tokens=specials, show_progress=False)
-    model = json.loads(bpe.to_str())["model"]
-    return model["vocab"], [tuple(pair) for pair in model["merges"]]
-
-
-def make_tokenizer(vocab, merges):
-    """RoBERTa's tokenizer from a vocabulary and merges, or the names of their files."""
-    # lstrip: <mask> takes the space before it along, as the word does that it hides
-    mask = AddedToken("<mask>", lstrip=True, special=True)
-    return transformers.RobertaTokenizer(vocab=vocab, merges=merges, mask_token=mask)
+    ids = {name: i for i, name in enumerate(("<s>", "<pad>", "</s>", "<unk>", "<mask>"))}
+    blank = transformers.RobertaTokenizer(ids, [], mask_token=MASK)
+    return blank.train_new_from_iterator(pieces, vocab_size, min_frequency=2, show_progress=False)
 
 
 def open_tokenizer(path):
@@ -140,7 +132,7 @@ def open_tokenizer(path):
         raise UserError(f"--tokenizer {path} is no folder, and no tokenizer.json in one", 2)
     with one_line(f"--tokenizer {path} cannot be read"):  # tokenizers raises plain Exceptions
         if (folder / "vocab.json").exists() and not (folder / "tokenizer.json").exists():
-            tokenizer = make_tokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+            tokenizer = transformers.RobertaTokenizer.from_pretrained(folder, mask_token=MASK)
         else:
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False)
@@ -219,8 +211,9 @@ class MaskedDataset(torch.utils.data.Dataset):
 
 
 def collate(examples, pad_id):
-    """B (ids, labels) pairs -> one batch without padding to speak of: short examples share a row
-    (first fit, rows of 64 tokens or of the longest example) and do not see each other.
+    """B (ids, labels) pairs -> one batch that row sharing keeps almost free of padding: short
+    examples share a row (first fit, rows of 64 tokens or of the longest example) and do not see
+    each other. --packing is another thing: it makes examples of full length.
 
     Returns input_ids, position_ids and segments, each (R, T): segments numbers the examples from 1
     and is 0 on padding; labels and where, each (B, L): where each label's token is in R x T.
@@ -408,15 +401,8 @@ class RunCallback(transformers.TrainerCallback):
         first = state.is_world_process_zero
         self.log = runtime.RunLog(args.output_dir, self.last, self.done, first,
                                   [*runtime.LOG_COLUMNS, "val_accuracy"])
-        self.tokens, self.updating = state.num_input_tokens_seen, 0.0  # at, and since, the last row
+        self.tokens, self.seconds = state.num_input_tokens_seen, 0.0  # of updates, at the last row
         self.clock = time.perf_counter()
-
-    def lap(self, stage):
-        """Count the time since the last call as `stage`, and return it."""
-        seconds = time.perf_counter() - self.clock
-        self.clock += seconds
-        self.log.seconds[stage] = self.log.seconds.get(stage, 0.0) + seconds
-        return seconds
 
     def on_step_begin(self, args, state, control, **kwargs):
         """Dropout is a function of the place in the run: there is no random state to save."""
@@ -424,17 +410,17 @@ class RunCallback(transformers.TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
         """Skip an update whose gradient is not finite; ten in a row end the run."""
-        # The Trainer has clipped: by a norm that is not finite, which leaves only 0 and nan.
-        grads = [p.grad for p in model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
-        if self.bad.count(bool(norm.isfinite()), state.global_step + 1):
+        norm = float(state.grad_norm)
+        if self.bad.count(math.isfinite(norm), state.global_step + 1):
             model.zero_grad()  # without a gradient the optimizer leaves every weight as it is
             self.log.print(f"warning: iteration {state.global_step + 1}: gradient norm "
                            f"{norm:.3g}, update skipped")
 
     def on_step_end(self, args, state, control, **kwargs):
         """A signal to any process stops all of them after this update, with a checkpoint."""
-        self.updating += self.lap("updates")
+        now = time.perf_counter()
+        self.log.seconds["updates"] += now - self.clock
+        self.clock = now
         self.log.progress(state.global_step)
         _, self.signum, late = self.stop.agree(self.accelerator)
         last = state.global_step == self.last
@@ -448,9 +434,9 @@ class RunCallback(transformers.TrainerCallback):
     def on_log(self, args, state, control, logs, **kwargs):
         if "loss" not in logs:  # an evaluation or the summary
             return
-        tokens = state.num_input_tokens_seen
-        speed = round((tokens - self.tokens) / self.updating)
-        self.tokens, self.updating = tokens, 0.0
+        tokens, seconds = state.num_input_tokens_seen, self.log.seconds["updates"]
+        speed = round((tokens - self.tokens) / (seconds - self.seconds))
+        self.tokens, self.seconds = tokens, seconds
         self.row = {"iter": state.global_step, "tokens": tokens, "lr": logs["learning_rate"],
                     "loss": logs["loss"], "grad_norm": logs["grad_norm"], "tokens_per_s": speed}
         self.log.progress(state.global_step, f"loss {logs['loss']:.4f}, {speed:,} tokens/s")
@@ -464,11 +450,11 @@ class RunCallback(transformers.TrainerCallback):
         self.log.print(f"iteration {state.global_step:,}: val loss {loss:.4f}, perplexity "
                        f"{runtime.perplexity(loss):.2f}, masked accuracy {accuracy:.1%}")
         self.log.plot(unit="masked token", resumed=self.resumed)
-        self.lap("evaluation")
+        self.clock = time.perf_counter()
 
     def on_save(self, args, state, control, **kwargs):
         self.stop.saved_at = time.monotonic()
-        self.lap("saving")
+        self.clock = time.perf_counter()
 
     def on_train_end(self, args, state, control, **kwargs):
         self.log.print(f"trained for {self.log.close()}")
@@ -483,12 +469,17 @@ class Trainer(transformers.Trainer):
         self.began = time.perf_counter() - run["seconds"]
         super().__init__(**kwargs)
 
+    def _get_grad_norm(self, model, grad_norm=None):
+        """Keep it for the callback: a gradient clipped by an infinite norm is all zeros."""
+        self.state.grad_norm = super()._get_grad_norm(model, grad_norm)
+        return self.state.grad_norm
+
     def _load_rng_state(self, checkpoint):
         """There is none: dropout is a function of the place in the run."""
 
     def _save_checkpoint(self, model, trial):
         """Write aside what train(resume_from_checkpoint=...) reads; rename it when it is whole."""
-        # Private, for want of a public way around a save: the Trainer's own writes in place, so
+        # Private, because no public method replaces a save: the Trainer's own writes in place, so
         # that a kill leaves half a checkpoint, and pickles its arguments and the random state.
         def write(folder):
             if self.args.should_save:
@@ -544,6 +535,9 @@ def check(cfg):
     check_range(cfg, 0, "seed", high=2**32 - 1)  # numpy's limit
     check_range(cfg, 3, "block_size")  # <s>, a token, </s>
     check_range(cfg, 261, "vocab_size")  # 256 bytes and 5 special tokens
+    if prepare.preset_source(cfg.source).startswith("hf:"):
+        raise UserError(f"--source {cfg.source} is a data set of the hub, which only prepare.py "
+                        "reads; write its texts into a file and give that", 2)
     if cfg.n_embd % cfg.n_head:
         raise UserError(f"--n_embd {cfg.n_embd} is no multiple of --n_head {cfg.n_head}", 2)
 
@@ -605,8 +599,8 @@ def train(cfg, accelerator, lines, stop, start, saved):
     if cfg.tokenizer or start:
         tokenizer = open_tokenizer(cfg.tokenizer or start)
     else:
-        made = broadcast_object_list([train_tokenizer(lines, cfg.vocab_size) if first else None])
-        tokenizer = make_tokenizer(*made[0])
+        trained = train_tokenizer(lines, cfg.vocab_size) if first else None
+        tokenizer = broadcast_object_list([trained])[0]
     # RoBERTa's positions start behind the padding's id.
     tokenizer.model_max_length = cfg.max_position_embeddings - tokenizer.pad_token_id - 1
     if cfg.block_size > tokenizer.model_max_length:
@@ -671,7 +665,7 @@ def train(cfg, accelerator, lines, stop, start, saved):
         preprocess_logits_for_metrics=example_statistics, compute_metrics=compute_metrics)
     trainer.remove_callback(transformers.PrinterCallback)
     try:
-        if start:  # of missing weights the Trainer only warns
+        if start:  # the strict check: train() loads the file again, and only warns of what misses
             load_model(model, start / "model.safetensors")
         trainer.train(resume_from_checkpoint=start and str(start))
     except Exception as error:  # while it loads: right checksums say nothing of the contents

@@ -29,8 +29,7 @@ def trainer_defaults(file, folder):
 def run(cfg, folder):
     """Both with one tokenizer, of the whole text, on 4,096 of its lines."""
     lines = [line for line in read_text(cfg.text).splitlines() if line.strip()]
-    vocabulary = train_roberta.train_tokenizer(lines, 52_000)
-    train_roberta.make_tokenizer(*vocabulary).save_pretrained(folder / "tokenizer")
+    train_roberta.train_tokenizer(lines, 52_000).save_pretrained(folder / "tokenizer")
     file = folder / "lines.txt"
     file.write_text("\n".join(lines[:4096]), encoding="utf-8")
     options = {"source": str(file), "tokenizer": str(folder / "tokenizer"), "max_iters": 6,

@@ -387,7 +387,7 @@ roberta clear: --n_head=3 --n_head=0 --n_embd=0 --n_layer=0 --block_size=2 --blo
   --out_dir=out/roberta&--overwrite&--n_head=3 --out_dir=out/roberta&--overwrite&--source=nope
   --out_dir=out/roberta&--overwrite&--tokenizer=nope --max_position_embeddings=0
   --out_dir=out/roberta&--overwrite&--max_iters=99999
-  --data_dir=text.txt&--source=http://127.0.0.1:1/x
+  --data_dir=text.txt&--source=http://127.0.0.1:1/x --source=azwiki --source=hf:no/pe
 roberta ok: --block_size=3 --block_size=7 --packing --n_embd=33&--n_head=1 --n_embd=50 --max_iters=1
   --val_fraction=0 --batch_size=7&--gradient_accumulation_steps=3 --mlm_probability=0.99
   --tokenizer=bert --muon_lr=0.02&--local_heads --local_heads&--n_embd=33&--n_head=1

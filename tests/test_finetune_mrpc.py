@@ -132,7 +132,8 @@ def test_original_corpus_is_read_whole():
 
 
 def test_all_formats_give_the_same_pairs(tmp_path):
-    """A BOM in the first column's name, 'NA' read as missing, quotes eaten, labels as text."""
+    """A BOM in the first column's name, 'NA' read as missing, quotes eaten, labels as text; -2 and
+    -2.0 two labels."""
     table = pandas.DataFrame({
         "sentence1": ['He said: "no"', "NA", "null, he wrote", "7", "Straße"],
         "sentence2": ['"No," said he', "Not available", "12", "seven", "street"],
@@ -151,6 +152,8 @@ def test_all_formats_give_the_same_pairs(tmp_path):
     for name in ("a.csv", "a.parquet", "a.jsonl", "a.tsv", "msr.txt", "both.csv"):
         assert read_pairs(str(tmp_path / name)).values.tolist() == expected, name
     assert read_pairs(str(tmp_path / "qqp.tsv"), ["q 1", "q2", "y"]).values.tolist() == expected
+    (tmp_path / "minus.tsv").write_text(HEADER + "a\tb\t-2\na\tb\t-2.0\n")
+    assert read_pairs(str(tmp_path / "minus.tsv")).label.tolist() == ["-2", "-2"]
 
 
 @pytest.mark.parametrize("name, text, words", [
@@ -159,6 +162,7 @@ def test_all_formats_give_the_same_pairs(tmp_path):
     ("x.tsv", HEADER + "A\tB\t1\nC\tD\t2\n" * 2, "dev.tsv, pair 1: the label '0'"),
     ("x.tsv", HEADER + "A\tB\t\n", "pair 1: label is empty"),
     ("x.tsv", HEADER + "A\tB\t-1\n", "pair 1: label is empty"),
+    ("x.tsv", HEADER + "A\tB\t-1.0\n", "pair 1: label is empty"),
     ("x.tsv", HEADER + "A\t \t1\n", "pair 1: sentence2 is empty"),
     ("x.tsv", HEADER, "no pairs"),
     ("x.tsv", "", "x.tsv cannot be read"),
@@ -355,7 +359,7 @@ def test_stopped_and_resumed_equals_uninterrupted(recipe, whole, tmp_path, capsy
 
     def lucky(*args):
         found, *rest = true(*args)
-        return found | ({"f1": 1.0} if args[6] == "iteration 14" else {}), *rest
+        return found | ({"f1": 1.0} if args[7] == "iteration 14" else {}), *rest
 
     monkeypatch.setattr(finetune_mrpc, "evaluate", lucky)
     asked, make = [], runtime.make_accelerator
@@ -497,9 +501,11 @@ def test_results_and_predictions(whole, recipe):
     assert found["baseline_f1"] == pytest.approx(f1_score(dev.label, [1] * 37))
     (low, high), p = found["accuracy_interval"], found["accuracy"]
     assert high - low == pytest.approx(2 * 1.96 * (p * (1 - p) / 37) ** 0.5, abs=0.04)
-    assert low < p < high and 0.1 <= found["temperature"] <= 10 and 0 <= found["ece_scaled"] < 1
-    for name in ("loss.png", "confusion.png"):
-        assert (whole / name).read_bytes().startswith(b"\x89PNG")
+    assert low < p < high and 0 <= found["ece"] < 1
+    (a, b), (c, d) = found["confusion"]
+    assert (a + d) / 37 == p and c + d == dev.label.sum()
+    assert b + d == sum(r[3] == "1" for r in rows)
+    assert (whole / "loss.png").read_bytes().startswith(b"\x89PNG")
     pipe = transformers.pipeline("text-classification", model=str(whole / "best"))
     said = pipe([{"text": r[0], "text_pair": r[1]} for r in rows])
     names = {"0": "not_equivalent", "1": "equivalent"}
@@ -559,7 +565,9 @@ def test_eval_only_and_predict(whole, recipe, home, tmp_path, capsys, fails):
     (tmp_path / "new.csv").write_text(new)
     capsys.readouterr()
     main(replace(recipe, predict=(str(tmp_path / "new.csv"),)))
-    table = [line.split("\t") for line in capsys.readouterr().out.splitlines()[-3:]]
+    said = capsys.readouterr()  # a note as the first line of `--predict new.csv > new.tsv`
+    table = [line.split("\t") for line in said.out.splitlines()]
+    assert len(table) == 3 and "new weights: none" in said.err
     assert table[0] == ["sentence1", "sentence2", "prediction", "probability"]
     assert table[1][:2] == ["a firm", "Yes: a firm"]
     for name in ("predict", "compare"):  # an unset shell variable: it began to train
@@ -570,6 +578,7 @@ def test_eval_only_and_predict(whole, recipe, home, tmp_path, capsys, fails):
     assert word == table[1][2] and word in ("not_equivalent", "equivalent")
     assert float(probability) == pytest.approx(float(table[1][3]), abs=1e-3)
     shutil.copytree(whole / "best", tmp_path / "best")
+    shutil.copy(whole / "run.json", tmp_path)
     content = bytearray((whole / "best" / "model.safetensors").read_bytes())
     content[-1] ^= 128
     (tmp_path / "best" / "model.safetensors").write_bytes(content)
@@ -578,14 +587,18 @@ def test_eval_only_and_predict(whole, recipe, home, tmp_path, capsys, fails):
     fails(1, lambda: main(nowhere), "not fine-tuned")
     other = replace(recipe, eval_only=True, model="no/such")  # out_dir/best was scored in its place
     fails(1, lambda: main(other), "cannot load no/such")
-    saved = {"config": {"model": other.model}}  # unless best/ was made from it
-    (tmp_path / "run.json").write_text(json.dumps(saved))
-    best = finetune_mrpc.finetuned_model(replace(other, out_dir=str(tmp_path)))
-    assert best == str(tmp_path / "best")
+    head = str(whole / "best")  # of another task, such as NLI: not that, but what was made from it
+    (tmp_path / "run.json").write_text(json.dumps({"config": {"model": head}}))
+    for model, chosen in ((head, tmp_path / "best"), (Config.model, tmp_path / "best"),
+                          (recipe.model, recipe.model)):
+        cfg = replace(recipe, model=model, out_dir=str(tmp_path))
+        assert finetune_mrpc.finetuned_model(cfg) == str(chosen)
+    fails(1, lambda: finetune_mrpc.finetuned_model(Config(out_dir="none")), "train first")
 
 
 def test_a_model_with_labels_in_another_order(whole, recipe, tmp_path, fails):
-    """A stranger's model that says 0 for 'equivalent' scored upside down."""
+    """A stranger's model that says 0 for 'equivalent' scored upside down, or one with a third label
+    whose config.json names them in another order than the logits; Yes and yes taken for one."""
     shutil.copytree(whole / "best", tmp_path / "mirror", ignore=lambda *_: ["SHA256SUMS"])
     config = json.loads((tmp_path / "mirror" / "config.json").read_text())
     weights = load_file(tmp_path / "mirror" / "model.safetensors")
@@ -603,6 +616,23 @@ def test_a_model_with_labels_in_another_order(whole, recipe, tmp_path, fails):
     more.to_csv(tmp_path / "three.csv", index=False)
     cfg = replace(cfg, train_file="", validation_file=str(tmp_path / "three.csv"))
     fails(1, lambda: main(cfg), "labelled 0, 1, 2", "label_0, label_1")
+    for name in ("classifier.out_proj.weight", "classifier.out_proj.bias"):
+        old = weights[name]
+        weights[name] = torch.cat([old, 0 * old[:1] - 9 * (old.ndim == 1)])
+    save_file(weights, tmp_path / "mirror" / "model.safetensors", metadata={"format": "pt"})
+    config |= {"id2label": {"2": "c", "0": "equivalent", "1": "not_equivalent"}}
+    (tmp_path / "mirror" / "config.json").write_text(json.dumps(config))
+    found = main(replace(cfg, validation_file=recipe.validation_file))
+    assert found["accuracy"] == pytest.approx(results(whole)["accuracy"])
+    assert found["labels"] == ["equivalent", "not_equivalent", "c"]
+    more.assign(label=["Yes", "yes", "no"] * 3).to_csv(tmp_path / "three.csv", index=False)
+    config |= {"id2label": {"0": "yes", "1": "no", "2": "c"}}
+    (tmp_path / "mirror" / "config.json").write_text(json.dumps(config))
+    fails(1, lambda: main(cfg), "labelled Yes, no, yes", "model knows yes, no, c")
+    config |= {"id2label": {"0": "1", "1": "2", "2": "3"}}  # 1 was taken for 2
+    (tmp_path / "mirror" / "config.json").write_text(json.dumps(config))
+    cfg = replace(cfg, validation_file=recipe.validation_file)
+    fails(1, lambda: main(cfg), "labelled 0, 1,", "model knows 1, 2, 3")
 
 
 def test_three_labels_from_other_columns(recipe, home, tmp_path, capsys):
@@ -621,7 +651,7 @@ def test_three_labels_from_other_columns(recipe, home, tmp_path, capsys):
 
 def test_a_file_without_one_of_the_labels(recipe, tmp_path):
     """The answer that no pair of the file has could not be given: accuracy 1 on pairs all alike.
-    And Yes was taken for yes, and a label with $ in it for a formula."""
+    And Yes was taken for yes."""
     table = make_pairs(70, 6).assign(label=["Yes", "yes", "$5_$"] * 23 + ["yes"])
     table.to_csv(tmp_path / "all.tsv", sep="\t", index=False)
     table[table.label == "yes"].to_csv(tmp_path / "one.tsv", sep="\t", index=False)
@@ -645,48 +675,39 @@ def test_a_file_without_one_of_the_labels(recipe, tmp_path):
 
 
 def test_seeds(recipe, tmp_path, capsys, fails, monkeypatch):
-    """A mean over one seed trained three times, or a best folder that is another run's; --resume
-    that does not know the seeds."""
-    cfg = replace(recipe, out_dir=str(tmp_path), seeds="1,2", max_iters=3)
+    """A mean over one seed trained three times, or a best model that is another run's; old runs
+    deleted by a command that fails, or taken for this one's after a killed --overwrite."""
+    cfg = replace(recipe, out_dir=str(tmp_path), seeds="1,02", max_iters=3)
+    again = replace(cfg, resume=True)
+    fails(1, lambda: main(again), "seed-1 holds no checkpoint")
     found = main(cfg)
     runs = [results(tmp_path / f"seed-{s}") for s in (1, 2)]
     assert found["loss"] == pytest.approx((runs[0]["loss"] + runs[1]["loss"]) / 2)
-    assert found["loss_std"] > 0 and found["n"] == 37 and found == results(tmp_path)
-    best = max(runs, key=lambda run: run["f1"])["seed"]
-    assert same_weights(tmp_path / "best", tmp_path / f"seed-{best}" / "best")
-    assert runtime.verify_checksums(tmp_path / "best") is None
-    assert "mean and deviation of 2 seeds" in capsys.readouterr().out
-    fails(1, lambda: main(cfg), "holds a run (best)", "--overwrite")
-    shutil.rmtree(tmp_path / "seed-2")
-    (tmp_path / "results.json").unlink()
-    again = resume(tmp_path)
-    assert again["loss"] == pytest.approx(found["loss"], abs=1e-6)
-    fails(2, lambda: resume(tmp_path, overwrite=True), "exclude each other")
-    one = resume(tmp_path / "seed-1", max_iters=4)  # a run of its own, without the other seeds
-    assert one["seed"] == 1 and not (tmp_path / "seed-1" / "seed-1").exists()
-    assert again["last.f1"] == pytest.approx((runs[0]["last"]["f1"] + runs[1]["last"]["f1"]) / 2)
-    assert runtime.read_run(tmp_path)["seconds"] > 0
-    failing = replace(cfg, overwrite=True, model="no/such")
-    fails(1, lambda: main(failing), "cannot load no/such")  # and the old runs are still there
+    assert found["last.f1"] == pytest.approx((runs[0]["last"]["f1"] + runs[1]["last"]["f1"]) / 2)
+    assert found["loss_std"] > 0 and found["n"] == 37 and found["runs"] == runs
+    assert found == json.loads((tmp_path / "seeds.json").read_text())
+    said, best = capsys.readouterr().out, max(runs, key=lambda run: run["f1"])["seed"]
+    assert "mean and deviation of 2 seeds" in said
+    assert said.endswith(f"the best model of these: {tmp_path / f'seed-{best}' / 'best'}\n")
+    fails(1, lambda: main(cfg), "seed-1 holds a run", "--overwrite")
+    fails(2, lambda: main(replace(again, overwrite=True)), "exclude each other")
+    shutil.rmtree(tmp_path / "seed-2")  # killed before it
+    assert main(again)["loss"] == pytest.approx(found["loss"], abs=1e-6)
+    fails(1, lambda: main(replace(cfg, overwrite=True, model="no/such")), "cannot load no/such")
     assert all(runtime.checkpoints(tmp_path / f"seed-{s}") for s in (1, 2))
-    assert runtime.read_run(tmp_path)["seconds"] > 0
-    (tmp_path / "run.json").write_text("{")
-    fails(1, lambda: resume(tmp_path), "cannot resume")
-    fails(1, lambda: main(replace(recipe, out_dir=str(tmp_path))), "several seeds", "--resume")
-    (tmp_path / "test-predictions.tsv").write_text("of another run")
-    agree = runtime.StopSignal.agree
+
+    changed, agree = {"learning_rate": 1e-3, "max_iters": 4}, runtime.StopSignal.agree
     monkeypatch.setattr(runtime.StopSignal, "agree",
                         lambda *a: (agree(*a)[0], signal.SIGTERM, False))
     with pytest.raises(SystemExit):  # stopped in its first seed
-        main(replace(cfg, overwrite=True, learning_rate=1e-3))
+        main(replace(cfg, overwrite=True, **changed))
     monkeypatch.undo()
-    assert not (tmp_path / "test-predictions.tsv").exists()
-    resume(tmp_path)
-    rates = [runtime.read_run(tmp_path / f"seed-{s}")["config"]["learning_rate"] for s in (1, 2)]
-    made = [runtime.read_log(tmp_path / f"seed-{s}" / "log.csv")[-1]["lr"] for s in (1, 2)]
-    assert rates == [1e-3, 1e-3] and made[0] == made[1]  # not the old run's seed 2
-    main(replace(recipe, out_dir=str(tmp_path), overwrite=True, max_iters=1))
-    assert resume(tmp_path, max_iters=2)["seed"] == recipe.seed  # one run, seed-1 beside it
+    fails(2, lambda: main(replace(again, **changed)), "seed-2", "learning_rate is 0.001 but was")
+    assert checkpoint_names(tmp_path / "seed-2") == [3]
+    one = resume(tmp_path / "seed-1")  # a run of its own, without the other seeds
+    assert one["seed"] == 1 and checkpoint_names(tmp_path / "seed-1") == [4, 1]
+    shutil.rmtree(tmp_path / "seed-2")
+    assert [run["seed"] for run in main(replace(again, **changed))["runs"]] == [1, 2]
 
 
 def test_one_class_is_warned_of(recipe, tmp_path, capsys):

@@ -96,8 +96,8 @@ def test_loss_and_gradient_equal_transformers(tokenizer):
     examples = [np.arange(10, 10 + n, dtype=np.int32) for n in (3, 30, 1, 17, 8, 22, 5)]
     masked = MaskedDataset(examples, tokenizer, seed=1, probability=0.4)
     pairs = [masked[i] for i in range(len(examples))]
-    packed = collate(pairs, tokenizer.pad_token_id)
-    assert packed["input_ids"].shape[0] < len(pairs)  # they do share rows
+    shared = collate(pairs, tokenizer.pad_token_id)
+    assert shared["input_ids"].shape[0] < len(pairs)  # they do share rows
     ids, labels = ([torch.from_numpy(x) for x in column] for column in zip(*pairs, strict=True))
     ids = pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id)
     labels = pad_sequence(labels, batch_first=True, padding_value=-100)
@@ -106,7 +106,7 @@ def test_loss_and_gradient_equal_transformers(tokenizer):
     theirs = transformers.RobertaForMaskedLM(ours.config).eval()
     theirs.load_state_dict(ours.state_dict())
     expected = theirs(**plain, labels=labels)
-    loss = ours(**packed).loss
+    loss = ours(**shared).loss
     assert loss.item() == pytest.approx(expected.loss.item(), abs=1e-5)
     loss.backward()
     expected.loss.backward()
@@ -170,6 +170,17 @@ def test_encode_lines_and_blocks(tokenizer):
     assert len(encode(["duty"], tokenizer, 40, packing=True)[0]) < 38  # one short text, one block
 
 
+def test_the_tokenizer_is_the_books(text):
+    """Other tokens than the class learns that the book uses; names of special tokens in a text."""
+    lines = [*train_roberta.read_lines([text]), *["antinomy of <mask>, </s>"] * 3, "quid juris"]
+    names = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    book = tokenizers.ByteLevelBPETokenizer()
+    book.train_from_iterator(lines, 5000, 2, special_tokens=names, show_progress=False)
+    ours = train_roberta.train_tokenizer(lines, 5000).backend_tokenizer
+    one, other = (json.loads(engine.to_str())["model"] for engine in (ours, book))
+    assert one["vocab"] == other["vocab"] and one["merges"] == other["merges"]
+
+
 def test_a_text_without_blanks_trains_a_tokenizer():
     """The merges of one endless word take time that grows with the square of its length."""
     random = np.random.default_rng(0)
@@ -228,8 +239,7 @@ def test_resume_is_bit_exact(text, tmp_path, more):
 @pytest.mark.parametrize("n_head, n_embd", [(2, 128), (3, 93), (1, 33)])
 def test_local_heads_begin_at_their_neighbours(n_head, n_embd):
     """Would catch a wrong angle, a head that looks elsewhere, other weights than an odd width's."""
-    tokenizer = train_roberta.make_tokenizer({"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3,
-                                              "<mask>": 4, "a": 5}, [])
+    tokenizer = train_roberta.train_tokenizer(["a"], 261)
     model = train_roberta.make_model(config("", "", n_head=n_head, n_embd=n_embd, dropout=0.0,
                                             local_heads=True, init_std=0.04), tokenizer).eval()
     model.set_attn_implementation("eager")
@@ -377,7 +387,8 @@ def test_a_signal_in_the_last_update(text, tmp_path, monkeypatch):
 
 
 def test_non_finite_gradients(text, tmp_path, fails, monkeypatch, capsys):
-    """One is skipped and the run goes on; ten in a row end it, and no nan is saved."""
+    """One is skipped and the run goes on; ten in a row end it, and no nan is saved. A finite
+    gradient whose norm overflows was clipped to zeros and passed for a good one."""
     forward = train_roberta.RobertaForMaskedLM.forward
     calls = []
 
@@ -385,13 +396,15 @@ def test_non_finite_gradients(text, tmp_path, fails, monkeypatch, capsys):
     def poisoned(self, *args, **kwargs):
         calls.append(1)
         out = forward(self, *args, **kwargs)
-        out.loss = out.loss * (math.nan if len(calls) == 2 else 1.0)
+        out.loss = out.loss * {2: math.nan, 3: 1e30}.get(len(calls), 1.0)
         return out
 
     monkeypatch.setattr(train_roberta.RobertaForMaskedLM, "forward", poisoned)
-    model = train(text, tmp_path / "one", max_iters=3, eval_interval=0, save_interval=0).model
+    model = train(text, tmp_path / "one", max_iters=4, eval_interval=0, save_interval=0).model
     assert all(p.isfinite().all() for p in model.parameters())
-    assert "warning: iteration 2: gradient norm nan, update skipped" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "warning: iteration 2: gradient norm nan, update skipped" in said
+    assert "warning: iteration 3: gradient norm inf, update skipped" in said
     monkeypatch.undo()
     fails(1, lambda: train(text, tmp_path / "all", max_epochs=3, max_iters=40, learning_rate=1e30,
                            save_interval=1), "10 updates in a row", "non-finite")
@@ -430,6 +443,7 @@ def test_odd_texts_train(data, packing, tmp_path):
     (b"reason", {"tokenizer": "nowhere"}, 2, "--tokenizer nowhere is no folder"),
     (b"reason", {"vocab_size": 100}, 2, "--vocab_size must be 261 or more, not 100"),
     (b"reason", {"n_head": 3}, 2, "no multiple of --n_head 3"),
+    (b"reason", {"source": "azwiki"}, 2, "--source azwiki is a data set of the hub"),
     (b"reason", {"mlm_probability": 0.0}, 2, "--mlm_probability"),
     (b"reason", {"block_size": 600}, 2, "--max_position_embeddings 602"),
     (b"reason", {"seed": 2**64}, 2, "--seed"), (b"reason", {"grad_clip": -1.0}, 2, "--grad_clip"),
@@ -440,7 +454,8 @@ def test_errors_are_one_line(data, changes, code, words, tmp_path, fails):
     """What is wrong, in one line, with the promised exit code."""
     if data is not None:
         (tmp_path / "text.txt").write_bytes(data)
-    fails(code, lambda: train(tmp_path / "text.txt", tmp_path / "run", **changes), words)
+    changes = {"source": str(tmp_path / "text.txt")} | changes
+    fails(code, lambda: train(None, tmp_path / "run", **changes), words)
 
 
 # ---- what is left behind
