@@ -193,8 +193,9 @@ def loading(name):
 def load_model(name, accelerator, names=None):
     """(model, tokenizer) of a hub name or folder. names: those of the labels that a new head is
     made for; None: the model must be fine-tuned already."""
-    wrong = Path(name, "SHA256SUMS").exists() and runtime.verify_checksums(name) or ""
-    if wrong.startswith("model"):  # its config.json may have been edited
+    # config.json may have been edited
+    wrong = Path(name, "SHA256SUMS").exists() and runtime.verify_checksums(name, "model")
+    if wrong:
         raise UserError(f"{name}: {wrong}; train it again")
     # On a CPU sdpa takes 1.4 times as long as eager (2 cores, bf16).
     options = {"attn_implementation": "eager" if accelerator.device.type == "cpu" else None,

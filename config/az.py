@@ -3,7 +3,6 @@
 # Meant for one GPU with 16 GB or more; not run on the machine the README's figures come from.
 dataset = "azwiki"  # trains its own BPE of 16,384 tokens
 
-block_size = 512
 n_layer = 12
 n_head = 12
 n_embd = 768
