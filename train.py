@@ -43,7 +43,7 @@ class Config:
     dropout: float | None = None  # pays when the data is seen many times
     bias: bool = False  # in LayerNorm and Linear
     qkv_bias: bool = False  # in c_attn
-    tie_weights: bool = False  # one matrix for embedding and head
+    tie_weights: bool | None = None  # one matrix for embedding and head
     init: Literal["gpt2", "torch", "local", None] = None  # initial weights; None: local with rope
     n_kv_head: int | None = None  # key/value heads; None: n_head
     head_dim: int | None = None  # None: n_embd / n_head
@@ -143,7 +143,7 @@ def train(cfg, out_dir, stop, checkpoint, saved):
         model = make_model(cfg, vocab_size, saved, tokenizer)
         return measure_run(model, data, cfg, accelerator, rows, began)
 
-    cfg = choose(cfg, train_windows, rows, measure)
+    cfg = choose(cfg, train_windows, rows, vocab_size, measure)
     model = make_model(cfg, vocab_size, saved, tokenizer)
     if checkpoint:
         check_resume(cfg, checkpoint, saved, meta, model.config, rows)
@@ -403,17 +403,19 @@ def read_windows(tokens, windows, block_size, vocab_size, device):
 # first has 3 layers for the same reason, 4 where the text is repeated:
 WIDTHS = ((3.5e6, 128), (25e6, 192), (math.inf, 256))
 # A text that is repeated needs dropout and a slow head, which memorizes first; one that is not
-# loses by both. Epochs up to which a line holds, dropout, the head's part of learning_rate:
-REPEATS = ((3, 0.0, 1.0), (5, 0.1, 0.3), (math.inf, 0.2, 0.3))
+# loses by both. Epochs up to which a line holds, dropout, the head's part of learning_rate, and
+# whether embedding and head are better one matrix, as they are in models wider than 128, too:
+REPEATS = ((3, 0.0, 1.0, False), (5, 0.1, 0.3, False), (math.inf, 0.2, 0.3, True))
+TIED = (75_000, 2_048)  # but only from so many tokens of a text and of a vocabulary on
 UPDATES = 1_450  # of a run whose length is not given
 EVALUATIONS = 5  # of a run at most, one before the first update; or --eval_interval
 MAX_EPOCHS = 10  # of a run whose length is not given, or given in minutes,
 MIN_ITERS = 40  # but up to twice as many epochs where a tiny text has fewer updates
 
 
-def choose(cfg, train_windows, rows, measure):
+def choose(cfg, train_windows, rows, vocab_size, measure):
     """cfg with its length settled, from max_epochs or minutes where one is given, and what is None
-    of shape, init, dropout, head_lr, warmup_iters and eval_interval chosen to suit it.
+    of shape, init, dropout, tie_weights, head_lr, warmup_iters, eval_interval chosen to suit it.
 
     measure: what measure_run returns, as a function of cfg.
     """
@@ -424,7 +426,9 @@ def choose(cfg, train_windows, rows, measure):
         """cfg for a run of so many updates."""
         chosen = {"warmup_iters": min(40, iters // 10),
                   "eval_interval": max(1, math.ceil(iters / (EVALUATIONS - 1)))}
-        _, chosen["dropout"], head = next(line for line in REPEATS if iters - 1 < line[0] * epoch)
+        repeats = next(line for line in REPEATS if iters - 1 < line[0] * epoch)
+        _, chosen["dropout"], head, tie = repeats
+        tied = cfg.tie_weights
         if cfg.init_from == "scratch":
             tokens = min(iters, most) * rows * cfg.block_size
             width = cfg.n_embd or next(width for up_to, width in WIDTHS if tokens <= up_to)
@@ -434,7 +438,12 @@ def choose(cfg, train_windows, rows, measure):
             few = width < WIDTHS[1][1] and not chosen["dropout"]
             chosen |= {"n_layer": 3 if few else 4, "n_embd": width, "n_head": heads}
             chosen["init"] = "gpt2" if cfg.rope_theta is None else "local"
-        if head < 1 and cfg.optimizer == "muon" and not cfg.tie_weights and not cfg.resume:
+            if tied is None:
+                pays = train_windows * cfg.block_size >= TIED[0] and vocab_size >= TIED[1]
+                pays = pays and (tie or width > WIDTHS[0][1])
+                tied = pays and cfg.optimizer == "muon" and cfg.head_lr is None
+            chosen["tie_weights"] = tied
+        if head < 1 and cfg.optimizer == "muon" and not tied and not cfg.resume:
             chosen["head_lr"] = head * cfg.learning_rate
         chosen = {name: value for name, value in chosen.items() if getattr(cfg, name) is None}
         return replace(cfg, max_iters=iters, max_epochs=None, minutes=None, **chosen)
@@ -670,7 +679,6 @@ def settings_of(cfg, checkpoint, saved):
             settings = {"schedule": "cosine", "momentum": 0.95,
                         "embedding_lr": saved["train"]["learning_rate"]}
             settings |= asdict(GPTConfig(**saved["model"])) | saved["train"]
-            settings["tie_weights"] = bool(settings["tie_weights"])  # None with --init_from
         cfg = runtime.resume_settings(cfg, settings)
     beside = sorted(given & set(MODEL_FIELDS) - {"dropout", "block_size"})
     if beside and cfg.init_from != "scratch":

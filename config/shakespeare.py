@@ -6,6 +6,7 @@ n_layer = 4
 n_head = 4
 n_embd = 256
 dropout = 0.1
+tie_weights = False
 
 max_iters = 600  # 4 passes over 302 thousand tokens
 eval_interval = 100

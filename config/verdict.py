@@ -13,6 +13,7 @@ init = "torch"  # with "gpt2" the train loss is still above 5 at the end
 
 # GPT-2's shape, but for the biases of queries, keys and values and the untied head
 bias = True
+tie_weights = False
 rope_theta = None
 rms_norm = False
 swiglu = False

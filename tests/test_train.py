@@ -341,21 +341,30 @@ def test_minutes_are_settled_once(config, monkeypatch):
     assert newest(cfg).name == "checkpoint-000007" and saved(cfg)["train"]["max_iters"] == 7
 
 
-@pytest.mark.parametrize(("windows", "iters", "head_lr"), [
-    (9, 23, 0.003), (19, 40, 0.003), (292, 365, 0.003), (3_864, 1_450, 0.003),
-    (3_866, 1_450, None)])
-def test_a_small_text_is_repeated(windows, iters, head_lr):
+@pytest.mark.parametrize(("windows", "iters", "tied", "head_lr"), [
+    (9, 23, False, 0.003), (19, 40, False, 0.003), (292, 365, False, 0.003),
+    (293, 367, True, None), (2_318, 1_450, True, None), (2_319, 1_450, False, 0.003),
+    (3_864, 1_450, False, 0.003), (3_865, 1_450, False, None)])
+def test_a_small_text_is_repeated(windows, iters, tied, head_lr):
     """Ten passes were too few for a tiny text; the head learned small ones by heart."""
 
-    def choose(**given):
-        return train.choose(train.Config(**given), windows, 8, None)
+    def choose(vocab_size=2_048, **given):
+        cfg = train.Config(block_size=256, **given)
+        chosen = train.choose(cfg, windows, 8, vocab_size, None)
+        return chosen.tie_weights, chosen.head_lr and pytest.approx(chosen.head_lr)
 
-    slow = head_lr and pytest.approx(head_lr)
-    assert (choose().max_iters, choose().head_lr) == (iters, slow)
-    assert iters != 1_450 or choose().eval_interval == 363  # 1,448 and 1,450 were both evaluated
-    assert choose(init_from="gpt2").head_lr == slow and choose(head_lr=0.0).head_lr == 0.0
-    for said in (dict(optimizer="adamw"), dict(tie_weights=True), dict(resume=True)):
-        assert choose(**said).head_lr is None
+    chosen = train.choose(train.Config(), windows, 8, 2_048, None)
+    assert chosen.max_iters == iters and choose() == (tied, head_lr)
+    assert iters != 1_450 or chosen.eval_interval == 363  # 1,448 and 1,450 were both evaluated
+    slow = 0.003 if windows < 3_865 else None
+    assert choose(optimizer="adamw") == (False, None)
+    assert choose(head_lr=0.0) == (False, 0.0)  # a rate for a head of its own
+    assert choose(tie_weights=False) == (False, slow) and choose(tie_weights=True) == (True, None)
+    assert choose(init_from="gpt2") == (None, slow)  # whose weights say what is tied
+    assert choose(resume=True) == (tied, None)
+    wide = choose(n_embd=130)[0], choose(max_iters=1_709)[0]  # 3.5M tokens: width 192
+    assert wide == (windows > 292, windows > 292)
+    assert choose(vocab_size=2_047) == (False, slow)
 
 
 @pytest.mark.parametrize("rows", [3, 7, 8])
@@ -364,7 +373,7 @@ def test_whole_passes(rows):
     by sevens made 30 updates."""
     for windows in range(20, 99):
         for passes, dropout in ((3, 0.0), (5, 0.1), (7, 0.2)):
-            chosen = train.choose(train.Config(max_epochs=passes), windows, rows, None)
+            chosen = train.choose(train.Config(max_epochs=passes), windows, rows, 99, None)
             assert chosen.dropout == dropout and chosen.max_iters == -(-passes * windows // rows)
 
 
@@ -376,17 +385,17 @@ def test_whole_passes(rows):
     (dict(n_head=3), (3, 3, 132)), (dict(n_kv_head=4), (3, 4, 128)), (dict(n_embd=36), (3, 2, 36))])
 def test_a_longer_run_is_wider(said, shape):
     """A minute on 2 cores gave 10 % more bits per byte with a width of 256 than with 128."""
-    chosen = train.choose(train.Config(**said), 99_999, 4, None)
+    chosen = train.choose(train.Config(**said), 99_999, 4, 99, None)
     assert (chosen.n_layer, chosen.n_head, chosen.n_embd) == shape
     train.model_config(chosen, 99)  # 4 heads of 25 were refused, and 2 for 4 heads of keys
-    often = train.choose(train.Config(max_iters=12_208), 99, 4, None)  # many passes
+    often = train.choose(train.Config(max_iters=12_208), 99, 4, 99, None)  # many passes
     assert (often.n_layer, often.n_embd) == (4, 128)
 
 
 @pytest.mark.parametrize(("said", "init"), [
     ({}, "local"), (dict(rope_theta=None), "gpt2"), (dict(init="torch"), "torch")])
 def test_initial_weights_suit_the_positions(said, init):
-    assert train.choose(train.Config(max_iters=9, **said), 99, 8, None).init == init
+    assert train.choose(train.Config(max_iters=9, **said), 99, 8, 99, None).init == init
 
 
 def test_minutes_hold_evaluations_and_dropout():
@@ -399,7 +408,7 @@ def test_minutes_hold_evaluations_and_dropout():
 
     def fit(minutes, windows):
         asked.clear()
-        return train.choose(train.Config(minutes=minutes), windows, 7, measure)
+        return train.choose(train.Config(minutes=minutes), windows, 7, 99, measure)
 
     once = fit(1.0, 10_007)  # less than two passes
     assert (once.max_iters, once.dropout, once.head_lr) == (172, 0.0, None)  # 60 - 2 - 5 x 3 s
