@@ -6,7 +6,7 @@ Leading words are config files: Python, run in order, whose public names must be
 (but for modules and functions).
 Options come last; what is said last wins. `--help` prints the comments that stand beside the
 fields. A Config may name `RETIRED` options {old: new} and `ALTERNATIVES`, groups of fields that
-set one thing (max_iters, max_epochs): the last one said unsets the others.
+set one thing (max_iters, max_epochs): one said later unsets the others of a config file.
 """
 
 import contextlib

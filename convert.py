@@ -224,7 +224,7 @@ def transformers_config(c):
     try:
         config = transformers.AutoConfig.for_model(kind, **fields, **more)
         back = vars(gpt_config(config))
-    except (ValueError, StrictDataclassError) as error:  # all its lines: the first says little
+    except (ValueError, StrictDataclassError) as error:  # all of it: its first line says little
         raise UserError(f"transformers has no such {kind}: {error}") from error
     wrong = [f"{name} {value}, not {back[name]}" for name, value in vars(c).items()
              if name not in free and value != back[name]]
@@ -443,7 +443,7 @@ def write_gguf(folder, model, tokenizer, name, dtype):
 def main(cfg):
     """Write a checkpoint, or the one that sample.py would take of a run, into a new folder. It is
     whole or absent. Returns its Path."""
-    check_range(cfg, 0)  # no field's range, but the choices
+    check_range(cfg, 0)  # checks the choices alone
     run = Path(cfg.run)
     folder = Path(cfg.folder).resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -31,7 +31,7 @@ class Config:
     max_length: int = 0  # tokens a pair, the rest is cut off; 0: as many as the model takes
     # training
     max_epochs: int = 3  # passes over the training pairs, an evaluation after each
-    max_iters: int = 0  # iterations after which to stop, the schedule unchanged; 0: all of it
+    max_iters: int = 0  # stop after so many iterations of the schedule; 0: at its end
     batch_size: int = 8  # pairs that a process computes at once
     gradient_accumulation_steps: int = 1  # such batches a process and iteration
     length_window: int = 32  # batches among which pairs are grouped by length; 0: shuffled only
@@ -42,10 +42,10 @@ class Config:
     grad_clip: float = 0.0  # largest norm of the gradient; 0: off
     mixed_precision: Literal["auto", "fp16", "bf16", "no"] = "auto"  # auto: what is fast here
     seed: int = 42  # of the new head, the order of the pairs and dropout
-    seeds: str = ""  # "1,2,3": a run for each in out_dir/seed-N, then means and deviations
+    seeds: str = ""  # "1,2,3": a run for each in out_dir/seed-N; with --resume it goes on
     # evaluation
     eval_batch_size: int = 32  # changes the speed, not the result
-    eval_only: bool = False  # score out_dir/best, or a --model that is fine-tuned already
+    eval_only: bool = False  # score out_dir/best, or a --model that best/ was not made from
     predict: tuple[str, ...] = ()  # a FILE of pairs, or two texts; the model as in eval_only
     compare: tuple[str, ...] = ()  # two run folders, or predictions.tsv files, of the same pairs
     # run folder
@@ -67,6 +67,7 @@ import csv
 import hashlib
 import json
 import math
+import re
 import sys
 import time
 from pathlib import Path
@@ -193,7 +194,7 @@ def loading(name):
 def load_model(name, accelerator, names=None):
     """(model, tokenizer) of a hub name or folder. names: those of the labels that a new head is
     made for; None: the model must be fine-tuned already."""
-    # config.json may have been edited
+    # only the weights: config.json may have been edited
     wrong = Path(name, "SHA256SUMS").exists() and runtime.verify_checksums(name, "model")
     if wrong:
         raise UserError(f"{name}: {wrong}; train it again")
@@ -233,7 +234,7 @@ def label_ids(model, labels):
             ids = [own[spell(name)] for name in names if spell(name) in own]
             if len(set(ids)) == len(labels):
                 return ids
-    numbers = any(name.isdecimal() for name in own)  # 1, 2 and 3 are no 0, 1 and 2
+    numbers = any(re.match(r"-?\d", name) for name in own)  # 1, 2 and 3 are no 0, 1 and 2
     if not numbers and all(label.isdecimal() and int(label) < len(own) for label in labels):
         return [int(label) for label in labels]
     raise UserError(f"the pairs are labelled {', '.join(labels)}, but the model knows "
@@ -509,7 +510,6 @@ def train(cfg, stop):
         state = was | {"total": total, "resumed": [*was["resumed"], done]}
 
     # ---- optimizer, run folder
-    accelerator.free_memory()  # of the run with the seed before
     fused = accelerator.device.type in ("cpu", "cuda")
     optimizer = torch.optim.AdamW(model.parameters(), cfg.learning_rate, fused=fused,
                                   weight_decay=cfg.weight_decay)
@@ -634,7 +634,9 @@ def what_stays(cfg, data, labels, global_batch):
 
 def train_seeds(cfg):
     """main() once a seed, in out_dir/seed-N. Writes seeds.json: means, deviations and all runs."""
-    jobs, free = [], dict.fromkeys(("out_dir", "resume", "overwrite", "predict", "compare"))
+    jobs = []
+    free = dict.fromkeys(("out_dir", "resume", "overwrite", "predict", "compare", "log_interval",
+                          "max_iters", "max_epochs", "eval_batch_size", "keep_checkpoints"))
     for seed in cfg.seeds.split(","):  # all folders are looked at before the first run starts
         folder = Path(cfg.out_dir, f"seed-{int(seed)}")
         resume = cfg.resume and bool(not jobs or runtime.checkpoints(folder))

@@ -567,7 +567,9 @@ def resolve(cfg):
     sources = (cfg.source,) if isinstance(cfg.source, str) else tuple(cfg.source or ())
     if "source" in runtime.given_names(cfg):
         sources = sources or ("",)  # an unset shell variable: source_files refuses it
-    dataset = cfg.dataset if cfg.dataset is not None else "" if sources else "stdlib"
+    if cfg.dataset is None and sources:
+        raise UserError("--source needs a name for the data: --dataset=mine", 2)
+    dataset = "stdlib" if cfg.dataset is None else cfg.dataset
     preset, tokenizer, _, _ = PRESETS.get(dataset, (None, "bpe", None, None))
     sources = tuple(map(preset_source, sources)) or (preset,)
     tokenizer = cfg.tokenizer or tokenizer
@@ -580,7 +582,7 @@ def resolve(cfg):
     i, n = map(int, shard.groups()) if shard else (0, 0)
     for holds, message in (
         (re.fullmatch(r"\w[\w.-]{0,99}", dataset) and ".." not in dataset,
-         f"--dataset {dataset!r} must be one plain folder name: give one, such as mine"),
+         f"--dataset {dataset!r} must be one plain folder name, such as mine"),
         (sources[0] is not None and not re.match("hf:(:|$)", sources[0]),  # hf: and no name
          f"--dataset {dataset} is no preset ({', '.join(PRESETS)}); give your text too:"
          " --source PATH"),

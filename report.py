@@ -13,7 +13,7 @@ import io
 import math
 import re
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -221,8 +221,7 @@ def coloured(run, cfg):
     """(HTML, token ids) of a text the model writes, each token coloured by its improbability."""
     model, tokenizer = run["model"], run["tokenizer"]
     block_size = model.config.block_size
-    start = cfg.start
-    start = run["info"]["train"].get("sample_start") or "" if start is None else read_prompt(start)
+    start = run["info"]["train"].get("sample_start") or "" if cfg.start is None else cfg.start
     prompt = sample.encode_prompt(model, tokenizer, start)[:block_size]
     new = max(0, min(cfg.tokens, block_size + 1) - len(prompt))
     ids = sample.generate(model, torch.tensor([prompt]), new, cfg.temperature,
@@ -332,6 +331,8 @@ def main(cfg):
     """Write the page and return its path."""
     check_range(cfg, 1, "tokens")
     check_range(cfg, 0, "temperature", "head")
+    if cfg.start is not None:  # once: a pipe can be read once
+        cfg = replace(cfg, start=read_prompt(cfg.start))
     runs = [open_run(folder, cfg.checkpoint) for folder in (cfg.out_dir, *cfg.compare)]
     for run in runs:
         c = run["model"].config

@@ -101,7 +101,7 @@ def check_range(cfg, low, *names, high=math.inf):
 def first_line(error):
     """The first line of an exception's text, its type where it has none."""
     text = getattr(error, "strerror", None) or str(error).strip()
-    return (text.splitlines() or [type(error).__name__])[0]
+    return (text.splitlines() or [type(error).__name__])[0].rstrip(":")
 
 
 @contextlib.contextmanager
@@ -292,11 +292,12 @@ class StopSignal:
 @contextlib.contextmanager
 def lock_folder(folder):
     """Make `folder` and hold it for this process as long as the block lasts. Unfinished files in it
-    are then deleted, and the folder itself where nothing else is in it.
+    are then deleted, and a folder that was not there before and is empty.
 
     Raises UserError if another run holds the folder or it cannot be written.
     """
     folder = Path(folder)
+    new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(folder / ".lock", timeout=0)
@@ -313,10 +314,11 @@ def lock_folder(folder):
     finally:
         with contextlib.suppress(OSError):
             clear_unfinished(folder)
+            if new and os.listdir(folder) == [".lock"]:
+                (folder / ".lock").unlink()  # Windows does it on release
         lock.release()
-        with contextlib.suppress(OSError):
-            if os.listdir(folder) == [".lock"]:
-                (folder / ".lock").unlink()
+        if new:
+            with contextlib.suppress(OSError):  # there is something in it
                 folder.rmdir()
 
 

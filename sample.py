@@ -261,7 +261,7 @@ def load_checkpoint(folder):
     tokenizer = prepare.load_tokenizer(folder)
     model = GPT(config)  # a bug in the model keeps its traceback
     with one_line(f"{folder}/model.safetensors cannot be loaded",
-                  "racer.py, or a fork, has weights of its own",
+                  "name another --checkpoint; a run of racer.py or of a fork needs its own model",
                   (OSError, RuntimeError, SafetensorError)):  # right checksums, wrong contents
         load_model(model, folder / "model.safetensors")
     return model.eval(), tokenizer, saved

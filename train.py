@@ -74,7 +74,7 @@ class Config:
     grad_clip: float = 1.0  # norm the gradient is clipped to; 0: not clipped
     # how often to evaluate, log and save; how many checkpoints to keep
     eval_interval: int | None = None  # iterations; 0: only at the end; None: a quarter of the run
-    eval_iters: int = 10  # batches of batch_size windows of each split, on each process
+    eval_iters: int = 20  # batches of batch_size windows of each split, on each process
     log_interval: int = 10  # iterations between rows of log.csv
     save_interval: int = 0  # iterations; 0: every 15 minutes and at the end
     keep_checkpoints: int = 2  # newest ones kept, besides best/
@@ -403,8 +403,8 @@ def read_windows(tokens, windows, block_size, vocab_size, device):
 # first has 3 layers for the same reason, 4 where the text is repeated:
 WIDTHS = ((3.5e6, 128), (25e6, 192), (math.inf, 256))
 # A text that is repeated needs dropout and a slow head, which memorizes first; one that is not
-# loses by both. Epochs up to which a line holds, dropout, the head's part of learning_rate, and
-# whether embedding and head are better one matrix, as they are in models wider than 128, too:
+# loses by both. Epochs up to which a line holds; dropout; the head's part of learning_rate; whether
+# embedding and head are one matrix. In models wider than 128 they always are.
 REPEATS = ((3, 0.0, 1.0, False), (5, 0.1, 0.3, False), (math.inf, 0.2, 0.3, True))
 TIED = (75_000, 2_048)  # but only from so many tokens of a text and of a vocabulary on
 UPDATES = 1_450  # of a run whose length is not given
@@ -426,8 +426,8 @@ def choose(cfg, train_windows, rows, vocab_size, measure):
         """cfg for a run of so many updates."""
         chosen = {"warmup_iters": min(40, iters // 10),
                   "eval_interval": max(1, math.ceil(iters / (EVALUATIONS - 1)))}
-        repeats = next(line for line in REPEATS if iters - 1 < line[0] * epoch)
-        _, chosen["dropout"], head, tie = repeats
+        _, chosen["dropout"], head, tie = next(
+            line for line in REPEATS if iters - 1 < line[0] * epoch)
         tied = cfg.tie_weights
         if cfg.init_from == "scratch":
             tokens = min(iters, most) * rows * cfg.block_size
@@ -737,7 +737,7 @@ def check_resume(cfg, folder, saved, meta, config, rows):
 def announce(cfg, accelerator, model, data, rows):
     """Print the resolved configuration, machine, size and length."""
     windows = {split: count_windows(tokens, cfg.block_size) for split, tokens in data.items()}
-    print0("configuration:", ", ".join(f"{k}={v!r}" for k, v in changed(cfg).items()))
+    print0("configuration:", ", ".join(f"{k}={v!r:.200}" for k, v in changed(cfg).items()))
     print0(f"{accelerator.device.type}, precision {accelerator.mixed_precision}, "
            f"{'compiled' if cfg.compile else 'not compiled'}, {accelerator.num_processes} "
            f"process(es), {model.count_parameters() / 1e6:.1f}M parameters")

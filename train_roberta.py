@@ -401,7 +401,7 @@ class RunCallback(transformers.TrainerCallback):
         first = state.is_world_process_zero
         self.log = runtime.RunLog(args.output_dir, self.last, self.done, first,
                                   [*runtime.LOG_COLUMNS, "val_accuracy"])
-        self.tokens, self.seconds = state.num_input_tokens_seen, 0.0  # of updates, at the last row
+        self.tokens, self.seconds = state.num_input_tokens_seen, 0.0  # at the last row of log.csv
         self.clock = time.perf_counter()
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -665,7 +665,7 @@ def train(cfg, accelerator, lines, stop, start, saved):
         preprocess_logits_for_metrics=example_statistics, compute_metrics=compute_metrics)
     trainer.remove_callback(transformers.PrinterCallback)
     try:
-        if start:  # the strict check: train() loads the file again, and only warns of what misses
+        if start:  # strictly: train() loads it again, but only warns about missing weights
             load_model(model, start / "model.safetensors")
         trainer.train(resume_from_checkpoint=start and str(start))
     except Exception as error:  # while it loads: right checksums say nothing of the contents

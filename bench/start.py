@@ -9,9 +9,9 @@ from bench.scripts import ROOT, prepare_data
 from bench.turns import SHAPE, Side, compare
 
 OPTIONS = """--dataset=start --out_dir=OUT --log_interval=1 --eval_interval=0 --max_iters=99
-    --batch_size=2 --optimizer=adamw --dropout=0.1 --n_layer=12 --n_head=12 --n_embd=768 --bias
-    --qkv_bias --tie_weights --rope_theta=None --rms_norm=False --swiglu=False --qk_norm=False
-    --embd_norm=False"""
+    --batch_size=2 --block_size=256 --optimizer=adamw --dropout=0.1 --n_layer=12 --n_head=12
+    --n_embd=768 --bias --qkv_bias --tie_weights --rope_theta=None --rms_norm=False
+    --swiglu=False --qk_norm=False --embd_norm=False"""
 
 
 def starting(words, folder):

@@ -5,7 +5,8 @@ out_dir = "out/finetune_gpt2"
 init_from = "gpt2"
 
 dropout = 0.1
-gradient_accumulation_steps = 4  # 8,192 tokens an iteration
+block_size = 256
+gradient_accumulation_steps = 8  # 8,192 tokens an iteration
 max_iters = 100
 optimizer = "adamw"
 beta2 = 0.95

@@ -629,10 +629,11 @@ def test_a_model_with_labels_in_another_order(whole, recipe, tmp_path, fails):
     config |= {"id2label": {"0": "yes", "1": "no", "2": "c"}}
     (tmp_path / "mirror" / "config.json").write_text(json.dumps(config))
     fails(1, lambda: main(cfg), "labelled Yes, no, yes", "model knows yes, no, c")
-    config |= {"id2label": {"0": "1", "1": "2", "2": "3"}}  # 1 was taken for 2
-    (tmp_path / "mirror" / "config.json").write_text(json.dumps(config))
     cfg = replace(cfg, validation_file=recipe.validation_file)
-    fails(1, lambda: main(cfg), "labelled 0, 1,", "model knows 1, 2, 3")
+    for end in ("", ".0", " stars"):  # 1 was taken for 2
+        config |= {"id2label": {str(i): f"{i + 1}{end}" for i in range(3)}}
+        (tmp_path / "mirror" / "config.json").write_text(json.dumps(config))
+        fails(1, lambda: main(cfg), "labelled 0, 1,", f"model knows 1{end}, 2{end}, 3{end}")
 
 
 def test_three_labels_from_other_columns(recipe, home, tmp_path, capsys):
@@ -692,7 +693,8 @@ def test_seeds(recipe, tmp_path, capsys, fails, monkeypatch):
     fails(1, lambda: main(cfg), "seed-1 holds a run", "--overwrite")
     fails(2, lambda: main(replace(again, overwrite=True)), "exclude each other")
     shutil.rmtree(tmp_path / "seed-2")  # killed before it
-    assert main(again)["loss"] == pytest.approx(found["loss"], abs=1e-6)
+    longer = main(replace(again, log_interval=7))  # what changes no result may change
+    assert longer["loss"] == pytest.approx(found["loss"], abs=1e-6)
     fails(1, lambda: main(replace(cfg, overwrite=True, model="no/such")), "cannot load no/such")
     assert all(runtime.checkpoints(tmp_path / f"seed-{s}") for s in (1, 2))
 

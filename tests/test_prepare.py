@@ -403,10 +403,10 @@ def test_stdlib_is_real_and_readable():
 
 def test_a_source_needs_a_name(fails):
     """`--source` without `--dataset` replaced data/stdlib, and with it the next training run."""
-    for options, words in ((["--source", "book.txt"], "--dataset ''"),
+    for options, words in ((["--source", "book.txt"], "--source needs a name"),
                            (["--dataset=", "--source", "book.txt"], "--dataset ''"),
-                           (["--source"], "--dataset ''"),  # an unset shell variable behind it
-                           (["--dataset=a", "--source"], "--source is empty")):
+                           (["--source"], "--source needs a name"),
+                           (["--dataset=a", "--source"], "--source is empty")):  # $UNSET
         cfg = configurator.load(prepare.Config, options)
         fails(2, lambda cfg=cfg: prepare.main(cfg), words)
     assert prepare.resolve(prepare.Config())[0].dataset == "stdlib"

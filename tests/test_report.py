@@ -158,6 +158,16 @@ def test_a_newer_best_counts(folder, tmp_path):
     assert report.read_info(tmp_path)[0]["iter"] == 300
 
 
+def test_a_prompt_is_read_once(folder, monkeypatch):
+    """Beside a second run a prompt from a pipe was empty."""
+    read = []
+    monkeypatch.setattr(report, "read_prompt", lambda start: read.append(start) or "import")
+    runs = [str(folder / "out" / name) for name in ("a", "b<i>$x$")]
+    page = report.main(report.Config(runs[0], (runs[1],), start="FILE:p", tokens=9))
+    page = page.read_text("utf-8")
+    assert read == ["FILE:p"] and page.count("<u>i</u>") == 2
+
+
 def test_newest_run_and_all_others(folder, fails, monkeypatch, capsys):
     """The default is not the newest run, the table lacks one, or a wrong name ends in a traceback;
     a run with best/ only, a damaged one or another script's stops the page."""

@@ -164,8 +164,9 @@ def test_two_runs_do_not_share_a_folder(tmp_path, fails):
         fails(1, lambda: hold("a/b"), "another run", "a/b")
         (tmp_path / "a/b/run.json").write_text("whole")
     (tmp_path / "a/b/.tmp-best").mkdir()  # a run was killed while it wrote
+    (tmp_path / "theirs").mkdir()
     for name, made, left in (("a/b", [".tmp-loss.png"], [".lock", "run.json"]),
-                             ("typo", [".tmp-run.json"], None)):
+                             ("theirs", [], [".lock"]), ("typo", [".tmp-run.json"], None)):
         with pytest.raises(KeyError):
             hold(name, *made)
         folder = tmp_path / name

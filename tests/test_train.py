@@ -410,7 +410,7 @@ def test_minutes_hold_evaluations_and_dropout():
         asked.clear()
         return train.choose(train.Config(minutes=minutes), windows, 7, 99, measure)
 
-    once = fit(1.0, 10_007)  # less than two passes
+    once = fit(1.0, 10_007)  # less than three passes
     assert (once.max_iters, once.dropout, once.head_lr) == (172, 0.0, None)  # 60 - 2 - 5 x 3 s
     assert asked == [(128, 0.0)] and once.minutes is None
     often = fit(1.0, 195)
@@ -746,14 +746,14 @@ def test_a_text_names_no_file(config, tmp_path, fails):
 def test_a_prompts_file_is_read_once(config, tmp_path):
     """A run whose --sample_start=FILE:... was gone could neither be resumed nor sampled from."""
     path = tmp_path / "prompt.txt"
-    path.write_text("ab FILE:")
+    path.write_text("FILE:ab")
     cfg = config(sample_start=f"FILE:{path}", sample_tokens=3, max_iters=2)
     train.main(cfg)
     path.unlink()
     train.main(replace(cfg, sample_start=None, max_iters=3, eval_interval=1, resume=True))
-    assert runtime.read_run(newest(cfg))["train"]["sample_start"] == "ab FILE:"
-    assert (Path(cfg.out_dir) / "samples.md").read_text("utf-8").count("~~~~\nab FILE:") >= 2
-    assert sample.main(sample.Config(cfg.out_dir, max_new_tokens=2))[0].startswith("ab FILE:")
+    assert runtime.read_run(newest(cfg))["train"]["sample_start"] == "FILE:ab"
+    assert (Path(cfg.out_dir) / "samples.md").read_text("utf-8").count("~~~~\nFILE:ab") >= 2
+    assert sample.main(sample.Config(cfg.out_dir, max_new_tokens=2))[0].startswith("FILE:ab")
 
 
 @pytest.mark.parametrize("broken", [
