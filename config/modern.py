@@ -26,6 +26,5 @@ warmup_iters = 100
 compile = True
 
 eval_interval = 250
-eval_iters = 20
 save_interval = 1000
 sample_start = "The meaning of life is"
