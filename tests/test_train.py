@@ -586,7 +586,7 @@ def test_an_old_run_resumes(config, monkeypatch):
     old = {k: was[k] for k in ("model", "train", "iter", "skipped", "best_val_loss")}
     (newest(cfg) / "run.json").rename(newest(cfg) / "config.json")
     change(newest(cfg), "config.json", json.dumps(old))
-    monkeypatch.setattr(train, "REPEATS", ((math.inf, 0.2, 0.3),))  # what a new run would take
+    monkeypatch.setattr(train, "REPEATS", ((math.inf, 0.2, 0.3, True),))  # a new run
     train.main(typed(f"--out_dir={cfg.out_dir}", "--resume", "--max_iters=7"))
     assert newest(cfg).name == "checkpoint-000007" and not same_weights(weights(cfg), before)
     assert saved(cfg)["train"]["head_lr"] is None
